@@ -1,0 +1,1 @@
+"""Command lines of Sheepdog: the daemon sheep and the admin tool dog"""

@@ -1,0 +1,1 @@
+"""The core of Sheepdog, a distributed block store for virtual machines"""

@@ -1,0 +1,195 @@
+"""The object store contract (sync).
+
+Core calls a store from the event loop for what the page cache can answer, and from worker threads for the rest.
+The caller runs one mutator per key at a time; different keys run concurrently. Buffers are lent: copy what must outlive
+the call. A store keeps no file of an object open between calls.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+REPLICA = -1  # ShardKey.index of a whole copy
+
+
+class ShardKey(NamedTuple):
+    """Names one stored shard: a whole copy (index ``REPLICA``) or erasure-coded strip ``index`` (0-based)."""
+
+    oid: int
+    index: int = REPLICA
+
+
+class Usage(NamedTuple):
+    """Bytes of a store or of one disk. ``weight_bytes`` is the size that was recorded when the disk was first used."""
+
+    used_bytes: int
+    free_bytes: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class DiskInfo:
+    """One disk directory of a store, in path order."""
+
+    path: str
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class StoreOptions:
+    """What ``sheep`` tells a store plugin.
+
+    ``disks`` are absolute directories that exist; ``direct_io`` asks for O_DIRECT where offset and length allow.
+    """
+
+    disks: tuple[str, ...]
+    direct_io: bool = False
+
+
+class ObjectStore(ABC):
+    """Holds the shards of one sheep.
+
+    Errors common to all methods: ``StoreDeviceError`` (a disk is failing; some bytes may have been written),
+    ``StoreBusy`` (transient).
+    """
+
+    @abstractmethod
+    def create(
+        self, key: ShardKey, data: Buffer, *, offset_bytes: int, size_bytes: int, sparse: bool, durable: bool
+    ) -> None:
+        """The shard exists with ``size_bytes`` bytes: ``data`` at ``offset_bytes``, zeros elsewhere. Replaces an old one.
+
+        Atomic: a crash leaves the old shard (or none) or the new one, never a part.
+
+        :param data: 0 bytes or more; offset + len(data) <= size_bytes.
+        :param sparse: zeros need not take space (inodes, ledgers); otherwise space is reserved where the disk can.
+        :param durable: on return the shard survives power loss.
+        :raises StoreFull: nothing changed.
+        """
+
+    @abstractmethod
+    def write(self, key: ShardKey, data: Buffer, *, offset_bytes: int, durable: bool) -> None:
+        """Replaces bytes of an existing shard in place.
+
+        :raises ObjectNotFound: no live shard under this key.
+        :raises StoreFull: nothing was written.
+        """
+
+    @abstractmethod
+    def read_into(self, key: ShardKey, buffer: memoryview, *, offset_bytes: int) -> int:
+        """Fills ``buffer`` from the live shard; returns the count read, short only at the end of the shard.
+
+        :raises ObjectNotFound: no live shard under this key.
+        """
+
+    def try_read_into(self, key: ShardKey, buffer: memoryview, *, offset_bytes: int) -> int | None:
+        """As ``read_into`` if that needs no disk access, else ``None``. Called on the event loop: must never block."""
+        return None
+
+    @abstractmethod
+    def remove(self, key: ShardKey) -> None:
+        """The live shard is gone.
+
+        :raises ObjectNotFound: there was none.
+        """
+
+    @abstractmethod
+    def exists(self, key: ShardKey) -> bool:
+        """Whether a live shard is there. Looks at the medium, not at a cache of names."""
+
+    @abstractmethod
+    def size(self, key: ShardKey) -> int:
+        """Bytes of the live shard.
+
+        :raises ObjectNotFound: there is none.
+        """
+
+    @abstractmethod
+    def keys(self) -> Iterator[ShardKey]:
+        """Every live shard, in ascending order of (oid, index)."""
+
+    @abstractmethod
+    def stale_keys(self) -> Iterator[tuple[ShardKey, int]]:
+        """Every (shard, epoch) in the stale area, in ascending order."""
+
+    @abstractmethod
+    def digest(self, key: ShardKey, *, epoch: int | None = None, cache: bool = False) -> bytes:
+        """SHA-1 (20 bytes) of the live shard, or of the stale version of ``epoch``.
+
+        :param cache: the object is read-only now, so the digest may be remembered beside it.
+        :raises ObjectNotFound: there is none.
+        """
+
+    @abstractmethod
+    def retire(self, key: ShardKey, epoch: int) -> None:
+        """The live shard is moved to the stale area under ``epoch``, replacing an older one of the same name.
+
+        :raises ObjectNotFound: no live shard.
+        """
+
+    @abstractmethod
+    def revive(self, key: ShardKey, epoch: int) -> None:
+        """The stale version of ``epoch`` is live again (and still in the stale area). A live shard wins.
+
+        :raises ObjectNotFound: no such stale version.
+        """
+
+    @abstractmethod
+    def read_stale_into(self, key: ShardKey, epoch: int, buffer: memoryview, *, offset_bytes: int) -> int:
+        """As ``read_into`` for the stale version of ``epoch``."""
+
+    @abstractmethod
+    def stale_size(self, key: ShardKey, epoch: int) -> int:
+        """Bytes of the stale version of ``epoch``."""
+
+    @abstractmethod
+    def purge_stale(self) -> None:
+        """The stale area is empty."""
+
+    @abstractmethod
+    def wipe(self) -> None:
+        """No shard is left, live or stale (format)."""
+
+    @abstractmethod
+    def sync(self, keys: Iterable[ShardKey]) -> None:
+        """Everything written to these keys so far survives power loss, with one flush each at most (group commit).
+
+        Keys that are gone meanwhile are skipped.
+        """
+
+    @abstractmethod
+    def usage(self) -> Usage:
+        """Sums over all disks."""
+
+    @abstractmethod
+    def disks(self) -> tuple[DiskInfo, ...]:
+        """The disks in use, in path order. A store without disks of its own reports one with its path."""
+
+    def add_disk(self, path: str) -> None:
+        """A new, emptied directory takes its share of the objects from now on.
+
+        :raises StoreError: unusable, or in use already; nothing changed.
+        """
+        from sheepdog.errors import StoreError
+
+        raise StoreError(f"this store cannot take another disk: {path}")
+
+    def remove_disk(self, path: str) -> None:
+        """The disk is not used any more. Its objects are not moved; recovery brings them back from other nodes.
+
+        :raises StoreError: not one of ours; nothing changed.
+        """
+        from sheepdog.errors import StoreError
+
+        raise StoreError(f"this store has no disk {path}")
+
+    def reweigh(self) -> Usage:
+        """The recorded weights are measured again; returns the new usage."""
+        return self.usage()
+
+    def close(self) -> None:
+        """Nothing is used after this; whatever was written is handed to the operating system."""

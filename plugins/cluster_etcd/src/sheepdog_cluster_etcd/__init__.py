@@ -1,0 +1,1 @@
+"""Cluster driver on etcd"""

@@ -1,0 +1,1 @@
+"""Cluster driver for several sheep on one host"""

@@ -1,0 +1,1 @@
+"""Serves volumes over the Network Block Device protocol"""

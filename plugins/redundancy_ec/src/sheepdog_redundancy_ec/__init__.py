@@ -1,0 +1,1 @@
+"""Erasure coding, Reed-Solomon d:p"""

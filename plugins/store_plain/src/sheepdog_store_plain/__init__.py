@@ -1,0 +1,1 @@
+"""Object store with all objects in one flat directory"""

@@ -1,0 +1,1 @@
+"""Object store with objects in sub-directories by volume"""
