@@ -1,0 +1,140 @@
+"""The storage of one sheep: the store in use, its directory, its disks and what happens when one of them fails."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from sheepdog.contracts.services import Executor
+from sheepdog.contracts.store import ObjectStore
+from sheepdog.daemon.shards import Shards
+from sheepdog.daemon.state import SheepState
+from sheepdog.daemon.stats import Stats
+from sheepdog.errors import PluginError, RequestError, StoreDeviceError, StoreError
+from sheepdog.wire.results import Result
+
+if TYPE_CHECKING:
+    from sheepdog.daemon.interfaces import Lifecycle, StoreDirectory
+    from sheepdog.daemon.recovery import Recovery
+
+logger = logging.getLogger(__name__)
+
+MakeStore = Callable[[str], ObjectStore]
+
+
+class LocalBackend:
+    """``interfaces.Backend``. A gateway has one too, without store and shards."""
+
+    recovery: Recovery
+
+    def __init__(
+        self,
+        state: SheepState,
+        storedir: StoreDirectory,
+        executor: Executor,
+        stats: Stats,
+        lifecycle: Lifecycle,
+        *,
+        make_store: MakeStore,
+        store_names: Sequence[str],
+        store: ObjectStore | None,
+        store_name: str,
+        fixed_name: str | None,
+    ) -> None:
+        """
+        :param make_store: opens a store plugin by name on this sheep's disks.
+        :param store: already open; ``None`` on a gateway.
+        :param fixed_name: the store that this sheep always uses, whatever the cluster is formatted with.
+        """
+        self.storedir = storedir
+        self.executor = executor
+        self.stats = stats
+        self.store_names = tuple(store_names)
+        self.store = store
+        self.store_name = store_name
+        self.shards: Shards | None = None
+        self._state = state
+        self._lifecycle = lifecycle
+        self._make_store = make_store
+        self._fixed_name = fixed_name
+
+    async def switch(self, store_name: str) -> None:
+        """A store of that name is in use and holds nothing. A no-op on gateways.
+
+        :raises RequestError: NO_STORE; nothing changed.
+        """
+        if store_name not in self.store_names:
+            raise RequestError(f"no store {store_name!r} is installed", result=Result.NO_STORE)
+        old = self.store
+        if old is None:
+            self.store_name = store_name
+            return
+        name = self._fixed_name or store_name
+
+        def work() -> ObjectStore:
+            if name == self.store_name:
+                old.wipe()
+                return old
+            try:
+                new = self._make_store(name)
+            except PluginError as error:
+                raise RequestError(str(error), result=Result.NO_STORE) from error
+            old.wipe()
+            old.close()
+            new.wipe()
+            return new
+
+        self.store = await self.executor.run(work)
+        self.store_name = name
+        if self.shards is not None:
+            self.shards.replace(self.store)
+
+    def device_failed(self, error: StoreDeviceError) -> bool:
+        """A disk gave an error: it is taken out; says whether another one is left.
+
+        With the last disk the sheep leaves the cluster.
+        """
+        store = self.store
+        assert store is not None, "a gateway has no disks"
+        paths = [disk.path for disk in store.disks()]
+        logger.error("disk %s failed: %s", error.path or "(unknown)", error)
+        if error.path is not None and error.path not in paths:
+            return bool(paths)  # taken out by an earlier error
+        if error.path is not None and len(paths) > 1:
+            try:
+                store.remove_disk(error.path)
+            except StoreError as failure:
+                logger.error("disk %s cannot be taken out: %s", error.path, failure)
+            else:
+                self.recovery.membership_changed(self._state.ring, False)
+                return True
+        self._lifecycle.stop(0, "no disks available, going down")
+        return False
+
+    async def plug(self, path: str) -> None:
+        """The directory takes its share of the objects.
+
+        :raises StoreError: nothing changed.
+        """
+        store = self._own_store()
+        await self.executor.run(lambda: store.add_disk(path))
+        self.recovery.membership_changed(self._state.ring, False)
+
+    async def unplug(self, path: str) -> None:
+        """The directory is not used any more. With the last one the sheep leaves.
+
+        :raises StoreError: nothing changed.
+        """
+        store = self._own_store()
+        paths = [disk.path for disk in store.disks()]
+        if paths == [path]:
+            self._lifecycle.stop(0, "no disks available, going down")
+            return
+        await self.executor.run(lambda: store.remove_disk(path))
+        self.recovery.membership_changed(self._state.ring, False)
+
+    def _own_store(self) -> ObjectStore:
+        if self.store is None:
+            raise StoreError("a gateway has no disks")
+        return self.store

@@ -1,0 +1,295 @@
+"""Object requests as they come in: from clients (gateway operations) and from other sheep (peer operations).
+
+A peer operation is served only under the same epoch: an older one is refused, a newer one waits until this sheep gets
+there. What is applied for another sheep is logged per connection until it is known to be complete (see ``unsettled``).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from sheepdog.contracts.store import REPLICA, ShardKey
+from sheepdog.daemon.changes import Changes
+from sheepdog.daemon.dispatch import Dispatcher
+from sheepdog.daemon.gateway import Gateway
+from sheepdog.daemon.outbox import Outbox
+from sheepdog.daemon.primary import Primary
+from sheepdog.daemon.shards import Shards
+from sheepdog.daemon.state import SheepState
+from sheepdog.daemon.stats import Stats
+from sheepdog.daemon.unsettled import Unsettled
+from sheepdog.model.ids import is_sparse
+from sheepdog.wire.extensions import (
+    FORWARD_CREATE,
+    FORWARD_DECREF,
+    FORWARD_REMOVE,
+    FORWARD_WRITE,
+    LOW_WATER,
+    SETTLE,
+)
+from sheepdog.wire.header import Request
+from sheepdog.wire.opcodes import Flag, Op
+from sheepdog.wire.payloads import RefRequest
+from sheepdog.wire.results import Result
+
+if TYPE_CHECKING:
+    from sheepdog.daemon.recovery import Recovery
+    from sheepdog.daemon.server import ClientConnection
+
+_Serve: TypeAlias = "Callable[[ClientConnection, Request], None]"
+
+READ_BYTES_MAX = 64 * 1024 * 1024
+
+
+class ObjectOperations:
+    """Registers and serves the data path's opcodes."""
+
+    def __init__(
+        self,
+        state: SheepState,
+        dispatcher: Dispatcher,
+        gateway: Gateway,
+        primary: Primary,
+        changes: Changes,
+        shards: Shards | None,
+        unsettled: Unsettled,
+        stats: Stats,
+        outbox: Outbox,
+    ) -> None:
+        self._state = state
+        self._gateway = gateway
+        self._primary = primary
+        self._changes = changes
+        self._shards = shards
+        self._unsettled = unsettled
+        self._stats = stats
+        self._outbox = outbox
+        self.recovery: Recovery | None = None
+        self._early: deque[tuple[ClientConnection, Request, _Serve]] = deque()
+        state.observe(self._epoch_changed)
+        path = dispatcher.path
+        path(Op.READ_OBJ, self._read_obj)
+        path(Op.WRITE_OBJ, self._write_obj)
+        path(Op.CREATE_AND_WRITE_OBJ, self._create_obj)
+        path(Op.REMOVE_OBJ, self._remove_obj)
+        path(Op.DECREF_OBJ, self._decref_obj)
+        for opcode, serve in (
+            (Op.READ_PEER, self._read_peer),
+            (Op.WRITE_PEER, self._write_peer),
+            (Op.CREATE_AND_WRITE_PEER, self._create_peer),
+            (Op.REMOVE_PEER, self._remove_peer),
+            (Op.DECREF_PEER, self._forward_decref),
+            (FORWARD_WRITE, self._forward_change),
+            (FORWARD_CREATE, self._forward_change),
+            (FORWARD_REMOVE, self._forward_change),
+            (FORWARD_DECREF, self._forward_decref),
+            (SETTLE, self._settle),
+        ):
+            path(opcode, self._at_epoch(serve))
+        path(LOW_WATER, self._low_water)
+
+    # ---- clients
+
+    def _read_obj(self, connection: ClientConnection, request: Request) -> None:
+        length = request.data_length
+        if length > READ_BYTES_MAX:
+            connection.reply(request, Result.INVALID_PARMS)
+            return
+        stats = self._stats
+        stats.gateway_began(request)
+
+        def done(result: int, data: Any) -> None:  # Any: the bytes on success
+            stats.gateway_active -= 1
+            if result:
+                connection.reply(request, result)
+            else:
+                connection.reply(request, 0, b"", data)
+
+        self._gateway.submit_read(request.oid, request.offset, length, done, copies=request.copies)
+
+    def _write_obj(self, connection: ClientConnection, request: Request) -> None:
+        self._stats.gateway_began(request)
+        self._gateway.submit_write(
+            request.oid, request.offset, request.body, self._answer(connection, request),
+            copies=request.copies, policy=request.copy_policy,
+        )  # fmt: skip
+
+    def _create_obj(self, connection: ClientConnection, request: Request) -> None:
+        self._stats.gateway_began(request)
+        self._gateway.submit_create(
+            request.oid, request.offset, request.body, self._answer(connection, request),
+            cow_oid=request.cow_oid if request.flags & Flag.COW else 0,
+            copies=request.copies, policy=request.copy_policy,
+        )  # fmt: skip
+
+    def _remove_obj(self, connection: ClientConnection, request: Request) -> None:
+        self._stats.gateway_began(request)
+        answer = self._answer(connection, request)
+        self._gateway.submit_remove(request.oid, lambda result: answer(result, None))
+
+    def _decref_obj(self, connection: ClientConnection, request: Request) -> None:
+        self._stats.gateway_began(request)
+        answer = self._answer(connection, request)
+        ref = RefRequest.unpack(request.variant or b"")
+        self._gateway.submit_decref(ref.oid, ref.generation, ref.count, lambda result: answer(result, None))
+
+    def _answer(self, connection: ClientConnection, request: Request) -> Callable[[int, Any], None]:
+        stats = self._stats
+
+        def done(result: int, _: Any) -> None:  # Any: changes carry no data
+            stats.gateway_active -= 1
+            connection.reply(request, result)
+
+        return done
+
+    # ---- the epoch gate
+
+    def _at_epoch(self, serve: _Serve) -> _Serve:
+        state = self._state
+        stats = self._stats
+
+        def gate(connection: ClientConnection, request: Request) -> None:
+            epoch = request.epoch
+            if epoch == state.epoch:
+                stats.peer_began(request)
+                serve(connection, request)
+            elif (epoch - state.epoch) & 0xFFFFFFFF < 0x80000000:
+                self._early.append((connection, request, serve))
+            else:
+                connection.reply(request, Result.OLD_NODE_VER)
+
+        return gate
+
+    def _epoch_changed(self) -> None:
+        if self._early:
+            self._outbox.defer(self._serve_early)
+
+    def _serve_early(self) -> None:
+        early, self._early = self._early, deque()
+        for connection, request, serve in early:
+            self._at_epoch(serve)(connection, request)
+
+    # ---- other sheep
+
+    def _peer_answer(
+        self, connection: ClientConnection, request: Request, *, read: bool = False
+    ) -> Callable[[int, Any], None]:
+        stats = self._stats
+        state = self._state
+        epoch = state.epoch
+
+        def done(result: int, data: Any) -> None:  # Any: the bytes of a read
+            stats.peer_active -= 1
+            if not result and state.epoch != epoch:
+                result = Result.OLD_NODE_VER
+            if result or not read:
+                connection.reply(request, result)
+            else:
+                connection.reply(request, 0, b"", data)
+
+        return done
+
+    def _local(self, connection: ClientConnection, request: Request) -> Shards | None:
+        if self._shards is None:
+            self._stats.peer_active -= 1
+            connection.reply(request, Result.NO_OBJ)
+        return self._shards
+
+    @staticmethod
+    def _key(request: Request) -> ShardKey:
+        return ShardKey(request.oid, request.ec_index if request.copy_policy else REPLICA)
+
+    def _read_peer(self, connection: ClientConnection, request: Request) -> None:
+        shards = self._local(connection, request)
+        if shards is None:
+            return
+        key = self._key(request)
+        length = request.data_length
+        if length > READ_BYTES_MAX:
+            self._peer_answer(connection, request)(Result.INVALID_PARMS, None)
+            return
+        answer = self._peer_answer(connection, request, read=True)
+        recovery = self.recovery
+        if request.flags & Flag.RECOVERY:
+            assert recovery is not None, "a sheep with a store has recovery"
+            recovery.serve(key, request, answer)
+            return
+
+        def done(result: int, data: Any) -> None:  # Any: the bytes on success
+            if result == Result.NO_OBJ and recovery is not None and recovery.may_find(key.oid):
+                recovery.fetch(key.oid, key.index, fetched)
+            else:
+                answer(result, data)
+
+        def fetched(result: int) -> None:
+            if result:
+                answer(result, None)
+            else:
+                shards.read(key, request.offset, length, answer)
+
+        shards.read(key, request.offset, length, done)
+
+    def _write_peer(self, connection: ClientConnection, request: Request) -> None:
+        shards = self._local(connection, request)
+        if shards is None:
+            return
+        self._unsettled.applied(connection.applied, request.cow_oid, request.oid, request.tail)
+        shards.write(self._key(request), request.offset, request.body, self._peer_answer(connection, request))
+
+    def _create_peer(self, connection: ClientConnection, request: Request) -> None:
+        shards = self._local(connection, request)
+        if shards is None:
+            return
+        self._unsettled.applied(connection.applied, request.cow_oid, request.oid, request.tail)
+        placement = self._gateway.placer.placement(request.oid, request.copies, request.copy_policy)
+        size = placement.object_bytes
+        if request.copy_policy and not placement.scheme.identical:
+            size = placement.scheme.shard_bytes(size)
+        size = max(size, request.offset + len(request.body))
+        shards.create(
+            self._key(request), request.offset, request.body, size, is_sparse(request.oid),
+            self._peer_answer(connection, request),
+        )  # fmt: skip
+
+    def _remove_peer(self, connection: ClientConnection, request: Request) -> None:
+        shards = self._local(connection, request)
+        if shards is None:
+            return
+        self._unsettled.settled(request.oid)
+        shards.remove(self._key(request), self._peer_answer(connection, request))
+
+    def _forward_change(self, connection: ClientConnection, request: Request) -> None:
+        placement = self._gateway.placer.placement(request.oid, request.copies, request.copy_policy)
+        answer = self._peer_answer(connection, request)
+        if placement.primary != self._state.me.id:
+            # The two sheep disagree on the volume's copies for a moment: the gateway tries again.
+            answer(Result.NETWORK_ERROR, None)
+            return
+        if request.opcode != FORWARD_REMOVE and not self._gateway.placer.writable(request.oid):
+            answer(Result.READONLY, None)
+            return
+        self._changes.apply(
+            request.opcode, request.oid, request.offset, request.body,
+            request.cow_oid if request.flags & Flag.COW else 0, placement, lambda result: answer(result, None),
+        )  # fmt: skip
+
+    def _forward_decref(self, connection: ClientConnection, request: Request) -> None:
+        ref = RefRequest.unpack(request.variant or b"")
+        placement = self._gateway.placer.placement(ref.oid)
+        answer = self._peer_answer(connection, request)
+        if placement.primary != self._state.me.id:
+            answer(Result.NETWORK_ERROR, None)
+            return
+        self._changes.references.decref(
+            ref.oid, ref.generation, ref.count, placement, lambda result: answer(result, None)
+        )
+
+    def _settle(self, connection: ClientConnection, request: Request) -> None:
+        answer = self._peer_answer(connection, request)
+        self._primary.settle(request.oid, lambda result: answer(result, None))
+
+    def _low_water(self, connection: ClientConnection, request: Request) -> None:
+        self._unsettled.applied(connection.applied, 0, 0, request.tail)
+        connection.reply(request, 0)

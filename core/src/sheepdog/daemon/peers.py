@@ -1,0 +1,260 @@
+"""Connections to the other sheep: one per node, multiplexed by request id.
+
+A request is a callback: ``done(response)`` is called exactly once, with result NETWORK_ERROR when no answer came. Requests
+to one node are sent, and arrive, in the order they were made, which is what keeps the copies of an object in step
+(see ``primary``). The connection is made when first needed; an idle one stays.
+
+``tail`` of a request carries the low-water mark of this connection's completed writes (see ``unsettled``).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TypeAlias
+
+import anyio
+
+from sheepdog.contracts.services import Clock
+from sheepdog.contracts.transport import Buffer, Channel, Transport
+from sheepdog.daemon.outbox import Outbox
+from sheepdog.errors import ProtocolError, TransportError
+from sheepdog.model.node import NodeId
+from sheepdog.wire.codec import response_decoder
+from sheepdog.wire.header import FLAG_WRITE, REQUEST, Request, Response
+from sheepdog.wire.opcodes import SHEEP_PROTO_VER
+from sheepdog.wire.results import Result
+
+logger = logging.getLogger(__name__)
+
+CONNECT_S = 5.0
+ANSWER_S = 30.0  # a peer that answers nothing for so long loses the connection
+RETRY_S = 0.2  # between attempts to reach a node that refused
+
+Answer: TypeAlias = Callable[[Response], None]
+
+
+class PeerLink:
+    """The connection to one node."""
+
+    __slots__ = (
+        "_channel", "_connecting", "_failed_at", "_forgotten", "_next_id", "_output", "_pending", "_pool", "decoder", "node",
+    )  # fmt: skip
+
+    def __init__(self, pool: PeerPool, node: NodeId) -> None:
+        self.node = node
+        self.decoder = response_decoder()
+        self._pool = pool
+        self._channel: Channel | None = None
+        self._connecting = False
+        self._forgotten = False
+        self._failed_at = -RETRY_S
+        self._next_id = 1
+        self._output: list[Buffer] = []
+        self._pending: dict[int, tuple[Answer, float]] = {}
+
+    # ---- requests
+
+    def object_request(
+        self,
+        opcode: int,
+        epoch: int,
+        oid: int,
+        done: Answer,
+        *,
+        flags: int = 0,
+        cow_oid: int = 0,
+        copies: int = 0,
+        copy_policy: int = 0,
+        ec_index: int = 0,
+        tgt_epoch: int = 0,
+        offset: int = 0,
+        length: int = 0,
+        body: Buffer | None = None,
+        tail: int = 0,
+    ) -> None:
+        """Sends an object request. With ``body`` it is a write; otherwise ``length`` bytes of answer are expected."""
+        id_ = self._begin(done)
+        if id_ is None:
+            return
+        if body is None:
+            header = REQUEST.pack(
+                SHEEP_PROTO_VER, opcode, flags, epoch, id_, length,
+                oid, cow_oid, copies, copy_policy, ec_index, 0, tgt_epoch, offset, tail,
+            )  # fmt: skip
+            self._queue(header, None)
+        else:
+            header = REQUEST.pack(
+                SHEEP_PROTO_VER, opcode, flags | FLAG_WRITE, epoch, id_, len(body),
+                oid, cow_oid, copies, copy_policy, ec_index, 0, tgt_epoch, offset, tail,
+            )  # fmt: skip
+            self._queue(header, body)
+
+    def send(self, request: Request, done: Answer) -> None:
+        """Sends any other request (its id is replaced)."""
+        id_ = self._begin(done)
+        if id_ is None:
+            return
+        request.id = id_
+        request.proto = SHEEP_PROTO_VER
+        if len(request.body):
+            request.flags |= FLAG_WRITE
+            request.data_length = len(request.body)
+        self._queue(request.pack(), request.body)
+
+    def _queue(self, header: bytes, body: Buffer | None) -> None:
+        output = self._output
+        first = not output
+        output.append(header)
+        if body is not None and len(body):
+            output.append(body)
+        if first:
+            self._pool.outbox.defer(self._flush)
+
+    def _begin(self, done: Answer) -> int | None:
+        pool = self._pool
+        if self._channel is None and not self._connecting:
+            if pool.clock.monotonic() - self._failed_at < RETRY_S:
+                done(Response(Result.NETWORK_ERROR))
+                return None
+            self._connecting = True
+            pool.spawn(self._connect)
+        id_ = self._next_id
+        self._next_id = id_ + 1 if id_ < 0xFFFFFFFF else 1
+        self._pending[id_] = (done, pool.now)
+        return id_
+
+    def _flush(self) -> None:
+        if self._channel is not None and self._output:
+            output, self._output = self._output, []
+            self._channel.write(output)
+
+    async def _connect(self) -> None:
+        try:
+            with anyio.fail_after(CONNECT_S):
+                await self._pool.transport.connect(self.node.text, self._opened)
+        except (TransportError, TimeoutError) as error:
+            logger.debug("node=%s is not reachable: %s", self.node.text, error)
+            self._failed_at = self._pool.clock.monotonic()
+            self._lost()
+        finally:
+            self._connecting = False
+
+    def _opened(self, channel: Channel) -> PeerLink:
+        self._channel = channel
+        self.decoder = response_decoder()
+        if self._forgotten:
+            channel.abort()
+        self._pool.outbox.defer(self._flush)
+        return self
+
+    # ---- receiver
+
+    def get_buffer(self, size_hint: int) -> memoryview:
+        return self.decoder.get_buffer()
+
+    def buffer_updated(self, count: int) -> None:
+        try:
+            responses = self.decoder.received(count)
+        except ProtocolError as error:
+            logger.error("node=%s sent garbage: %s", self.node.text, error)
+            self.abort()
+            return
+        pending = self._pending
+        with self._pool.outbox:
+            for response in responses:
+                entry = pending.pop(response.id, None)
+                if entry is not None:
+                    entry[0](response)
+
+    def writable(self) -> None:
+        """Nothing waits for this: what may be in flight is bounded by the clients' own limits."""
+
+    def closed(self, error: Exception | None) -> None:
+        self._channel = None
+        self._lost()
+
+    def _lost(self) -> None:
+        pending, self._pending = self._pending, {}
+        self._output = []
+        with self._pool.outbox:
+            for done, _ in pending.values():
+                done(Response(Result.NETWORK_ERROR))
+
+    def forget(self) -> None:
+        """The node is no member any more."""
+        self._forgotten = True
+        self.abort()
+
+    def abort(self) -> None:
+        """The connection ends now; what waits on it is answered with NETWORK_ERROR."""
+        if self._channel is not None:
+            self._channel.abort()
+
+    def check(self, now: float) -> None:
+        """Gives the connection up when its oldest request has waited too long."""
+        if self._pending and self._channel is not None:
+            _, since = next(iter(self._pending.values()))
+            if now - since > ANSWER_S:
+                logger.warning("node=%s has not answered for %.0f s, closing the connection", self.node.text, now - since)
+                self.abort()
+
+    @property
+    def idle(self) -> bool:
+        return not self._pending
+
+
+class PeerPool:
+    """All peer connections of one sheep."""
+
+    def __init__(self, transport: Transport, outbox: Outbox, clock: Clock, spawn: Callable[..., None]) -> None:
+        self.transport = transport
+        self.outbox = outbox
+        self.clock = clock
+        self.spawn = spawn
+        self.now = clock.monotonic()  # of the last tick: exact enough for deadlines
+        self._links: dict[NodeId, PeerLink] = {}
+
+    def link(self, node: NodeId) -> PeerLink:
+        """The connection to ``node``, made when first used."""
+        link = self._links.get(node)
+        if link is None:
+            link = self._links[node] = PeerLink(self, node)
+        return link
+
+    async def call(self, node: NodeId, request: Request) -> Response:
+        """The answer to one request, awaited.
+
+        :raises TransportError: no answer; the request may or may not have been carried out.
+        """
+        event = anyio.Event()
+        answers: list[Response] = []
+
+        def done(response: Response) -> None:
+            answers.append(response)
+            event.set()
+
+        with self.outbox:
+            self.link(node).send(request, done)
+        await event.wait()
+        response = answers[0]
+        if response.result == Result.NETWORK_ERROR:
+            raise TransportError(f"node {node.text} does not answer")
+        return response
+
+    def tick(self) -> None:
+        """Once in a while: deadlines, and connections to nodes that are gone."""
+        self.now = self.clock.monotonic()
+        for link in list(self._links.values()):
+            link.check(self.now)
+
+    def forget(self, members: set[NodeId]) -> None:
+        """Connections to nodes that are no members any more are dropped; what waits there is answered."""
+        for node in [node for node in self._links if node not in members]:
+            self._links.pop(node).forget()
+
+    def close(self) -> None:
+        """All connections end at once."""
+        for link in self._links.values():
+            link.abort()
+

@@ -1,0 +1,100 @@
+"""Where the shards of an object belong, and by which scheme: ring, volume table and redundancy plugins put together.
+
+Kept per object for as long as a ring stands, because it is asked on every request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+from sheepdog.contracts.redundancy import RedundancyFactory, RedundancyScheme
+from sheepdog.daemon.state import SheepState
+from sheepdog.errors import ConfigError
+from sheepdog.model.ids import always_replicated, is_data, object_bytes, vid_of
+from sheepdog.model.node import Node, NodeId
+from sheepdog.model.ring import Ring
+
+CACHE_MAX = 1 << 16
+
+SchemeOf = Callable[[int, int], RedundancyScheme]  # policy byte, number of shards
+
+
+class Placement:
+    """The holders of one object under one ring."""
+
+    __slots__ = ("copies", "holders", "index", "local", "object_bytes", "others", "policy", "primary", "scheme")
+
+    def __init__(self, holders: tuple[Node, ...], me: NodeId, scheme: RedundancyScheme, bytes_: int) -> None:
+        self.holders = tuple(node.id for node in holders)
+        self.scheme = scheme
+        self.policy = scheme.policy
+        self.copies = scheme.shards
+        self.object_bytes = bytes_
+        self.index = next((i for i, node in enumerate(self.holders) if node == me), -1)
+        self.local = self.index >= 0  # a shard belongs here
+        self.primary = self.holders[0] if self.holders else None
+        self.others = tuple(node for node in self.holders if node != me)
+
+
+class Placer:
+    """Answers ``placement(oid)`` for the current ring."""
+
+    def __init__(self, state: SheepState, scheme_of: SchemeOf) -> None:
+        self._state = state
+        self._scheme_of = scheme_of
+        self._ring: Ring | None = None
+        self._cache: dict[int, tuple[Placement, object]] = {}
+
+    def placement(self, oid: int, copies: int = 0, policy: int = 0) -> Placement:
+        """Where ``oid`` belongs now.
+
+        :param copies: what the request says; used only for volumes that this sheep has not heard of.
+        """
+        state = self._state
+        ring = state.ring
+        if ring is not self._ring or len(self._cache) > CACHE_MAX:
+            self._cache = {}
+            self._ring = ring
+        known = state.vdis.scheme_of(vid_of(oid))
+        entry = self._cache.get(oid)
+        if entry is not None and entry[1] == known and known is not None:
+            return entry[0]
+        if known is not None:
+            copies, policy, shift = known
+        else:
+            shift = state.block_size_shift or 22
+            copies = copies or state.copies or 1
+            policy = policy or (state.copy_policy if copies == state.copies else 0)
+        if always_replicated(oid):
+            policy = 0
+        scheme = self._scheme_of(policy, copies)
+        made = Placement(ring.holders(oid, scheme.shards), state.me.id, scheme, object_bytes(oid, shift))
+        self._cache[oid] = (made, known)
+        return made
+
+    def holders_in(self, ring: Ring, oid: int) -> tuple[NodeId, ...]:
+        """Where ``oid`` belonged under another ring."""
+        return tuple(node.id for node in ring.holders(oid, self.placement(oid).scheme.shards))
+
+    def writable(self, oid: int) -> bool:
+        """Data objects of snapshots are read-only."""
+        return not (is_data(oid) and self._state.vdis.readonly(vid_of(oid)))
+
+
+def scheme_finder(factories: Sequence[RedundancyFactory]) -> Callable[[int, int], RedundancyScheme]:
+    """``scheme(policy byte, shards)``, remembered.
+
+    :raises ConfigError: from the result, when no installed plugin knows the policy.
+    """
+
+    @lru_cache(maxsize=1024)
+    def scheme(policy: int, shards: int) -> RedundancyScheme:
+        for factory in factories:
+            if factory.accepts(policy):
+                return factory.scheme(policy, shards)
+        raise ConfigError(
+            f"no installed redundancy plugin knows the policy 0x{policy:02x}; try: pip install sheepdog-redundancy-ec"
+        )
+
+    return scheme

@@ -1,0 +1,335 @@
+"""The primary of an object: puts the changes to it in order and brings them to every holder.
+
+Every change of an object goes through the first node of its placement. Changes of one object share a *lane*: plain writes
+of replicated objects follow each other without waiting for answers, because a holder applies what comes over one
+connection in the order it comes; whatever reads before it writes (creates, erasure-coded writes, map writes, removals,
+settling) runs alone in its lane. So two gateways can never leave two copies in different states.
+
+A change that reached only some holders marks the object as unsettled (see ``unsettled``).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from sheepdog.contracts.store import REPLICA, Buffer, ShardKey
+from sheepdog.daemon.peers import PeerPool
+from sheepdog.daemon.placement import Placement, Placer
+from sheepdog.daemon.shards import INLINE_BYTES_MAX, Shards
+from sheepdog.daemon.state import SheepState
+from sheepdog.daemon.unsettled import Unsettled
+from sheepdog.model.ids import is_sparse
+from sheepdog.model.node import NodeId
+from sheepdog.wire.extensions import LOW_WATER
+from sheepdog.wire.header import Response
+from sheepdog.wire.opcodes import Op
+from sheepdog.wire.results import Result
+
+if TYPE_CHECKING:
+    from sheepdog.daemon.recovery import Recovery
+
+logger = logging.getLogger(__name__)
+
+Done: TypeAlias = Callable[[int], None]
+Start: TypeAlias = Callable[[Done], None]
+
+# What a gateway answers by trying again (wire protocol, section 7).
+RETRYABLE = frozenset(
+    {
+        Result.OLD_NODE_VER,
+        Result.NEW_NODE_VER,
+        Result.NETWORK_ERROR,
+        Result.WAIT_FOR_JOIN,
+        Result.WAIT_FOR_FORMAT,
+        Result.KILLED,
+        Result.SHUTDOWN,
+    }
+)
+
+
+class _Lane:
+    """The order of one object's changes while any is under way."""
+
+    __slots__ = ("alone", "running", "waiting")
+
+    def __init__(self) -> None:
+        self.running = 0
+        self.alone = False
+        self.waiting: deque[tuple[bool, Start, Done]] = deque()
+
+
+class FanOut:
+    """Collects the results of one change at its holders and answers when the last is in."""
+
+    __slots__ = ("_done", "_left", "_sequence", "_unsettled", "missing", "result", "succeeded")
+
+    def __init__(self, count: int, unsettled: Unsettled, oid: int, done: Done) -> None:
+        self._left = count
+        self._done = done
+        self._unsettled = unsettled
+        self._sequence = unsettled.begin(oid)
+        self.result = 0
+        self.succeeded = 0
+        self.missing = 0
+
+    @property
+    def sequence(self) -> int:
+        return self._sequence
+
+    def one(self, result: int, _: object = None) -> None:
+        """A holder's result is in. An error that no retry can mend outweighs one that it can."""
+        if not result:
+            self.succeeded += 1
+        elif result == Result.NO_OBJ:
+            self.missing += 1
+        elif not self.result or self.result in RETRYABLE:
+            self.result = result
+        self._left -= 1
+        if not self._left:
+            self._finish()
+
+    def answered(self, response: Response) -> None:
+        """As ``one``, for an answer from another sheep."""
+        self.one(response.result)
+
+    def _finish(self) -> None:
+        result = self.result
+        if self.missing and not result:
+            # Some have the object and some do not: settling gives it to all, then the gateway's retry succeeds.
+            result = Result.NETWORK_ERROR if self.succeeded else Result.NO_OBJ
+        self._unsettled.end(self._sequence, complete=not result or not self.succeeded)
+        self._done(result)
+
+
+class Primary:
+    """Orders the changes of the objects whose first holder is this sheep."""
+
+    def __init__(
+        self,
+        state: SheepState,
+        shards: Shards | None,
+        peers: PeerPool,
+        placer: Placer,
+        unsettled: Unsettled,
+        recovery: Recovery | None = None,
+    ) -> None:
+        self._state = state
+        self._shards = shards
+        self._peers = peers
+        self._placer = placer
+        self.unsettled = unsettled
+        self.recovery = recovery
+        self._lanes: dict[int, _Lane] = {}
+        self._told: dict[NodeId, int] = {}  # the low-water mark that each holder heard last
+
+    @property
+    def shards(self) -> Shards:
+        """The local store; only a sheep that stores objects is ever a primary."""
+        assert self._shards is not None, "a gateway cannot be a primary"
+        return self._shards
+
+    # ---- order
+
+    def enter(self, oid: int, alone: bool, start: Start, done: Done) -> None:
+        """``start(finish)`` runs in the object's lane: at once, or after what came before it."""
+        lane = self._lanes.get(oid)
+        if lane is None:
+            lane = self._lanes[oid] = _Lane()
+        elif lane.waiting or lane.alone or (alone and lane.running):
+            lane.waiting.append((alone, start, done))
+            return
+        self._run(oid, lane, alone, start, done)
+
+    def _run(self, oid: int, lane: _Lane, alone: bool, start: Start, done: Done) -> None:
+        lane.running += 1
+        lane.alone = alone
+        start(partial(self._finished, oid, lane, done))
+
+    def _finished(self, oid: int, lane: _Lane, done: Done, result: int) -> None:
+        lane.running -= 1
+        if not lane.running:
+            lane.alone = False
+        while lane.waiting and not lane.alone and not (lane.waiting[0][0] and lane.running):
+            self._run(oid, lane, *lane.waiting.popleft())
+        if not lane.running and not lane.waiting and self._lanes.get(oid) is lane:
+            del self._lanes[oid]
+        done(result)
+
+    def busy(self, oid: int) -> bool:
+        """A change of this object is under way."""
+        return oid in self._lanes
+
+    def ended_at(self, epoch: int, result: int) -> int:
+        """A change that ended under a newer epoch may have missed a new holder: the gateway repeats it there."""
+        return result if result or self._state.epoch == epoch else Result.OLD_NODE_VER
+
+    # ---- replicated objects
+
+    def write(self, oid: int, offset: int, data: Buffer, placement: Placement, done: Done) -> None:
+        """Bytes of an existing object are replaced at every holder."""
+        alone = len(data) > INLINE_BYTES_MAX or self.shards.busy(ShardKey(oid, REPLICA))
+        self.enter(oid, alone, lambda finish: self.write_now(oid, offset, data, placement, finish), done)
+
+    def write_now(self, oid: int, offset: int, data: Buffer, placement: Placement, done: Done) -> None:
+        """As ``write``, for a caller that is in the lane already."""
+        epoch = self._state.epoch
+        others = placement.others
+        key = ShardKey(oid, REPLICA)
+        fan = FanOut(1 + len(others), self.unsettled, oid, done)
+        answered_early: list[int] = []
+
+        def local(result: int, _: object) -> None:
+            if sending:
+                fan.one(self.ended_at(epoch, result))
+            else:
+                answered_early.append(result)
+
+        # The local write is first: an object that is missing here is fetched before anybody's copy changes.
+        sending = False
+        self.shards.write(key, offset, data, local)
+        sending = True
+        if answered_early and answered_early[0]:
+            self._local_write_failed(answered_early[0], fan, len(others), oid, offset, data, placement, done)
+            return
+        for node in others:
+            self._peers.link(node).object_request(
+                Op.WRITE_PEER, epoch, oid, fan.answered, offset=offset, body=data, copies=placement.copies,
+                cow_oid=fan.sequence, tail=self.unsettled.low_water,
+            )  # fmt: skip
+        if answered_early:
+            fan.one(self.ended_at(epoch, 0))
+
+    def _local_write_failed(
+        self, result: int, fan: FanOut, others: int, oid: int, offset: int, data: Buffer, placement: Placement, done: Done
+    ) -> None:
+        def fetched(outcome: int) -> None:
+            # Nothing was sent: the fan-out ends as a change that reached nobody.
+            fan.one(result if outcome else Result.NETWORK_ERROR)
+            for _ in range(others):
+                fan.one(result if outcome else Result.NETWORK_ERROR)
+
+        if result == Result.NO_OBJ and self.recovery is not None:
+            self.recovery.fetch(oid, REPLICA, fetched)
+        else:
+            fetched(result)
+
+    def create(self, oid: int, offset: int, data: Buffer, placement: Placement, done: Done) -> None:
+        """The object exists at every holder, zeros but for ``data``; an older one is replaced."""
+        self.enter(oid, True, lambda finish: self.create_now(oid, offset, data, placement, finish), done)
+
+    def create_now(self, oid: int, offset: int, data: Buffer, placement: Placement, done: Done) -> None:
+        """As ``create``, for a caller that is in the lane already."""
+        epoch = self._state.epoch
+        fan = FanOut(1 + len(placement.others), self.unsettled, oid, done)
+        for node in placement.others:
+            self._peers.link(node).object_request(
+                Op.CREATE_AND_WRITE_PEER, epoch, oid, fan.answered, offset=offset, body=data,
+                copies=placement.copies, copy_policy=placement.policy,
+                cow_oid=fan.sequence, tail=self.unsettled.low_water,
+            )  # fmt: skip
+        self.shards.create(
+            ShardKey(oid, REPLICA), offset, data, max(placement.object_bytes, offset + len(data)), is_sparse(oid),
+            lambda result, _: fan.one(self.ended_at(epoch, result)),
+        )  # fmt: skip
+
+    def remove(self, oid: int, placement: Placement, done: Done) -> None:
+        """The object is gone at every holder; NO_OBJ when nobody had it. Serves erasure-coded objects too."""
+        self.enter(oid, True, lambda finish: self.remove_now(oid, placement, finish), done)
+
+    def remove_now(self, oid: int, placement: Placement, done: Done) -> None:
+        epoch = self._state.epoch
+        identical = placement.scheme.identical
+
+        def finish(result: int) -> None:
+            # A holder that lacked it is no obstacle: nobody has it now, which is what was asked for.
+            if fan.result not in RETRYABLE:
+                self.unsettled.settled(oid)
+            done(0 if fan.succeeded and not fan.result else result)
+
+        fan = FanOut(len(placement.holders), self.unsettled, oid, finish)
+        for index, node in enumerate(placement.holders):
+            if node == self._state.me.id:
+                key = ShardKey(oid, REPLICA if identical else index)
+                self.shards.remove(key, lambda result, _: fan.one(self.ended_at(epoch, result)))
+            else:
+                self._peers.link(node).object_request(
+                    Op.REMOVE_PEER, epoch, oid, fan.answered, ec_index=index, copy_policy=placement.policy,
+                    tail=self.unsettled.low_water,
+                )  # fmt: skip
+
+    # ---- settling
+
+    def settle(self, oid: int, done: Done) -> None:
+        """Every holder has the primary's content (replicated objects)."""
+        placement = self._placer.placement(oid)
+        if placement.primary != self._state.me.id:
+            done(Result.OLD_NODE_VER)
+            return
+        self.enter(oid, True, lambda finish: self._settle_now(oid, placement, finish), done)
+
+    def _settle_now(self, oid: int, placement: Placement, done: Done) -> None:
+        key = ShardKey(oid, REPLICA)
+        store = self.shards.store
+
+        def read() -> bytearray:
+            buffer = bytearray(store.size(key))
+            store.read_into(key, memoryview(buffer), offset_bytes=0)
+            return buffer
+
+        def have(result: int, content: Any) -> None:  # Any: the bytearray that read() made
+            if result == Result.NO_OBJ and self.recovery is not None:
+                self.recovery.fetch(oid, REPLICA, fetched)
+            elif result:
+                done(result)
+            else:
+                push(content)
+
+        def fetched(result: int) -> None:
+            if result == Result.NO_OBJ:
+                self.unsettled.settled(oid)  # nobody has it: removed, or never completely created
+                done(0)
+            elif result:
+                done(result)
+            else:
+                self.shards.submit(read, have)
+
+        def push(content: bytearray) -> None:
+            if not placement.others:
+                pushed(0)
+                return
+            epoch = self._state.epoch
+            fan = FanOut(len(placement.others), self.unsettled, oid, pushed)
+            for node in placement.others:
+                self._peers.link(node).object_request(
+                    Op.CREATE_AND_WRITE_PEER, epoch, oid, fan.answered, body=content, copies=placement.copies,
+                    copy_policy=placement.policy, tail=self.unsettled.low_water,
+                )  # fmt: skip
+
+        def pushed(result: int) -> None:
+            if not result:
+                self.unsettled.settled(oid)
+                logger.info("settled oid=%016x on %d nodes", oid, len(placement.holders))
+            done(result)
+
+        self.shards.submit(read, have)
+
+    # ---- now and then
+
+    def tick(self) -> None:
+        """Holders that have had nothing from us since are told the low-water mark."""
+        low_water = self.unsettled.low_water
+        for node in self._state.ring.nodes:
+            if node.id != self._state.me.id and self._told.get(node.id, 1) != low_water:
+                self._told[node.id] = low_water
+                self._peers.link(node.id).object_request(
+                    LOW_WATER, self._state.epoch, 0, _ignore, tail=low_water
+                )
+
+
+def _ignore(_: Response) -> None:
+    """The low-water mark needs no answer."""
+

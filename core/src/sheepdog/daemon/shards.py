@@ -1,0 +1,193 @@
+"""The local store as the data path sees it: callbacks, order per shard, group commit.
+
+What the page cache can answer runs inline on the event loop: reads that ``try_read_into`` answers, and writes of up to
+``INLINE_BYTES_MAX``. Everything else goes to worker threads. A shard that a worker is changing has a *lane*: later changes
+to it wait there in order, so the store sees one mutator per shard. Durable writes are put into the page cache at once,
+and a flush follows; writes that arrive while one is running share the next (group commit).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from sheepdog.contracts.services import Executor
+from sheepdog.contracts.store import Buffer, ObjectStore, ShardKey
+from sheepdog.daemon.outbox import Outbox
+from sheepdog.errors import SheepdogError, StoreDeviceError, StoreError
+from sheepdog.wire.results import Result
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+INLINE_BYTES_MAX = 64 * 1024
+
+# result code, and the bytes read (or the result of the work) on success
+Done: TypeAlias = Callable[[int, Any], None]
+_Work: TypeAlias = Callable[[], Any]
+
+
+class Shards:
+    """Callback access to one sheep's store. All methods are called on the event loop."""
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        executor: Executor,
+        outbox: Outbox,
+        *,
+        durable: bool,
+        device_failed: Callable[[StoreDeviceError], bool],
+    ) -> None:
+        """
+        :param durable: answers to writes mean that the bytes survive power loss.
+        :param device_failed: told of each disk error; says whether the sheep still has a disk, so that a retry can help.
+        """
+        self.store = store
+        self._executor = executor
+        self._outbox = outbox
+        self.durable = durable
+        self._device_failed = device_failed
+        self._lanes: dict[ShardKey, deque[tuple[_Work, Done]]] = {}
+        self._commit: dict[ShardKey, list[Done]] = {}
+        self._committing = False
+        self._commit_deferred = False
+
+    def replace(self, store: ObjectStore) -> None:
+        """Another store takes over (format). Work under way still ends on the old one."""
+        self.store = store
+
+    def busy(self, key: ShardKey) -> bool:
+        """A worker is changing this shard."""
+        return key in self._lanes
+
+    # ---- reads
+
+    def read(self, key: ShardKey, offset: int, length: int, done: Done) -> None:
+        """``done(SUCCESS, bytes)``; what lies beyond the end of the shard reads as zeros."""
+        buffer = bytearray(length)
+        view = memoryview(buffer)
+        try:
+            count = self.store.try_read_into(key, view, offset_bytes=offset)
+        except SheepdogError as error:
+            done(self._failed(error), None)
+            return
+        if count is not None:
+            done(0, buffer)
+            return
+
+        def work() -> bytearray:
+            self.store.read_into(key, view, offset_bytes=offset)
+            return buffer
+
+        self._submit(work, done)
+
+    # ---- changes
+
+    def write(self, key: ShardKey, offset: int, data: Buffer, done: Done) -> None:
+        """Bytes of an existing shard are replaced."""
+        store = self.store
+        if len(data) <= INLINE_BYTES_MAX and key not in self._lanes:
+            try:
+                store.write(key, data, offset_bytes=offset, durable=False)
+            except SheepdogError as error:
+                done(self._failed(error), None)
+                return
+            if self.durable:
+                self._add_to_commit(key, done)
+            else:
+                done(0, None)
+            return
+        durable = self.durable
+        self._change(key, lambda: store.write(key, data, offset_bytes=offset, durable=durable), done)
+
+    def create(self, key: ShardKey, offset: int, data: Buffer, size: int, sparse: bool, done: Done) -> None:
+        """The shard exists with ``size`` bytes, zeros but for ``data``."""
+        store, durable = self.store, self.durable
+        self._change(
+            key,
+            lambda: store.create(
+                key, data, offset_bytes=offset, size_bytes=size, sparse=sparse, durable=durable
+            ),
+            done,
+        )
+
+    def remove(self, key: ShardKey, done: Done) -> None:
+        """The shard is gone; NO_OBJ if there was none."""
+        store = self.store
+        self._change(key, lambda: store.remove(key), done)
+
+    def run(self, key: ShardKey, work: _Work, done: Done) -> None:
+        """``work()`` runs on a worker thread as a change of this shard."""
+        self._change(key, work, done)
+
+    def submit(self, work: _Work, done: Done) -> None:
+        """``work()`` runs on a worker thread, in no order."""
+        self._submit(work, done)
+
+    # ---- inside
+
+    def _change(self, key: ShardKey, work: _Work, done: Done) -> None:
+        lane = self._lanes.get(key)
+        if lane is not None:
+            lane.append((work, done))
+            return
+        self._lanes[key] = deque()
+        self._start_change(key, work, done)
+
+    def _start_change(self, key: ShardKey, work: _Work, done: Done) -> None:
+        def finished(error: Exception | None, value: Any) -> None:  # Any: whatever the work returns
+            with self._outbox:
+                lane = self._lanes[key]
+                if lane:
+                    self._start_change(key, *lane.popleft())
+                else:
+                    del self._lanes[key]
+                done(0 if error is None else self._failed(error), value)
+
+        self._executor.submit(work, finished)
+
+    def _submit(self, work: _Work, done: Done) -> None:
+        def finished(error: Exception | None, value: Any) -> None:  # Any: whatever the work returns
+            with self._outbox:
+                done(0 if error is None else self._failed(error), value)
+
+        self._executor.submit(work, finished)
+
+    def _add_to_commit(self, key: ShardKey, done: Done) -> None:
+        self._commit.setdefault(key, []).append(done)
+        if not self._committing and not self._commit_deferred:
+            # At the end of the pass, so that everything one receive brought shares the flush.
+            self._commit_deferred = True
+            self._outbox.defer(self._start_commit)
+
+    def _start_commit(self) -> None:
+        self._commit_deferred = False
+        if self._committing or not self._commit:
+            return
+        batch, self._commit = self._commit, {}
+        self._committing = True
+        keys: Iterable[ShardKey] = tuple(batch)
+        store = self.store
+
+        def finished(error: Exception | None, _: object) -> None:
+            with self._outbox:
+                self._committing = False
+                if self._commit:
+                    self._start_commit()
+                result = 0 if error is None else self._failed(error)
+                for waiting in batch.values():
+                    for done in waiting:
+                        done(result, None)
+
+        self._executor.submit(lambda: store.sync(keys), finished)
+
+    def _failed(self, error: Exception) -> int:
+        if isinstance(error, StoreDeviceError):
+            return Result.NETWORK_ERROR if self._device_failed(error) else Result.EIO
+        if isinstance(error, StoreError):
+            return error.result
+        if isinstance(error, SheepdogError):
+            return error.result
+        raise error
