@@ -1,0 +1,165 @@
+"""Consistent hashing: which nodes, and which disks of a node, hold an object.
+
+Every node owns ``vnodes`` positions on a circle of 64-bit numbers. The first holder of an object is the owner of the
+first position at or after the hash of its oid; the further holders are found by walking on clockwise, skipping every
+position whose zone is taken already. So a node that comes or goes moves only the objects of the arcs it takes or
+leaves. Algorithm and vectors: docs, placement and recovery, sections 2, 3 and 5.
+
+A ring never changes; a new epoch makes a new one. What is asked is remembered: holders depend only on the position
+where the walk starts, so walks are kept per position, and the answer per oid on top of that.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import lru_cache
+from struct import Struct
+
+from sheepdog.model.hashing import hash_chain, hash_oid, sd_hash
+from sheepdog.model.node import VNODES_DEFAULT, Node
+
+ZONES_MAX = 31  # zones beyond are not counted, because no object has more holders
+CACHE_OIDS_MAX = 1 << 17  # holders remembered per ring and number of copies, about 20 MiB when full
+DISK_POSITION_BYTES = 16 << 20  # of disk space for one position on the ring of disks
+
+_FLOAT = Struct("<f")
+_U64 = 1 << 64
+
+
+@lru_cache(maxsize=8192)
+def _node_positions(identity: bytes, count: int) -> tuple[int, ...]:
+    """Positions of one node. Kept between rings: most nodes are the same in the next epoch."""
+    return hash_chain(sd_hash(identity), count)
+
+
+class Ring:
+    """The placement of one epoch. Immutable."""
+
+    __slots__ = ("_caches", "_owners", "_walks", "nodes", "positions", "storage", "zones")
+
+    nodes: tuple[Node, ...]
+    """All members in order of (address, port), gateways included."""
+    storage: tuple[Node, ...]
+    """The members that store objects."""
+    zones: int
+    """Distinct zones among ``storage``, at most 31: the most holders an object can have."""
+    positions: tuple[int, ...]
+    """All vnode positions, ascending."""
+
+    def __init__(self, nodes: Iterable[Node]) -> None:
+        self.nodes = tuple(sorted(nodes, key=lambda node: node.id))
+        self.storage = tuple(node for node in self.nodes if node.vnodes > 0)
+        self.zones = min(len({node.zone for node in self.storage}), ZONES_MAX)
+        owners: dict[int, Node] = {}
+        for node in self.storage:
+            for place in _node_positions(node.id.address + node.id.port.to_bytes(2, "little"), node.vnodes):
+                position = place
+                # The original aborts on two vnodes at one position; stepping aside is the same on every node,
+                # because all build the ring in the same order of nodes.
+                while position in owners:
+                    position = (position + 1) % _U64
+                owners[position] = node
+        self.positions = tuple(sorted(owners))
+        self._owners = tuple(owners[position] for position in self.positions)
+        self._caches: dict[int, dict[int, tuple[Node, ...]]] = {}
+        self._walks: dict[tuple[int, int], tuple[Node, ...]] = {}
+
+    def holders(self, oid: int, copies: int) -> tuple[Node, ...]:
+        """The nodes that hold ``oid``, the first (the primary) first.
+
+        min(copies, zones) nodes, each in another zone; empty when no node stores anything.
+        """
+        cache = self._caches.get(copies)
+        if cache is None:
+            cache = self._caches[copies] = {}
+        found = cache.get(oid)
+        if found is None:
+            if len(cache) >= CACHE_OIDS_MAX:
+                cache.clear()
+            found = cache[oid] = self._walk(hash_oid(oid), copies)
+        return found
+
+    def walk(self, position: int, copies: int) -> tuple[tuple[Node, int], ...]:
+        """As ``holders``, from any position, with the vnode position that each holder was met at."""
+        positions, owners = self.positions, self._owners
+        wanted = min(copies, self.zones)
+        count = len(positions)
+        start = bisect_left(positions, position)
+        taken: set[int] = set()
+        found: list[tuple[Node, int]] = []
+        for step in range(count):
+            if len(found) >= wanted:
+                break
+            at = (start + step) % count
+            node = owners[at]
+            if node.zone not in taken:
+                taken.add(node.zone)
+                found.append((node, positions[at]))
+        return tuple(found)
+
+    def _walk(self, position: int, copies: int) -> tuple[Node, ...]:
+        start = bisect_left(self.positions, position)
+        walk = self._walks.get((start, copies))
+        if walk is None:
+            walk = self._walks[start, copies] = tuple(node for node, _ in self.walk(position, copies))
+        return walk
+
+    def __repr__(self) -> str:
+        return f"Ring({len(self.storage)} of {len(self.nodes)} nodes store, zones={self.zones})"
+
+
+def _single(number: float) -> float:
+    """The nearest single-precision number, as the original calculates."""
+    return float(_FLOAT.unpack(_FLOAT.pack(number))[0])
+
+
+def auto_vnodes(nodes: Iterable[Node]) -> tuple[Node, ...]:
+    """The same nodes with vnodes in proportion to their space, 128 for the mean of those that have any.
+
+    Order is kept. A node without space becomes a gateway; if none has space the numbers stay as announced. Rounded to
+    the nearest integer, ties to even, in single precision, so that all implementations agree.
+    """
+    members = tuple(nodes)
+    spaces = [node.space for node in members if node.space > 0]
+    if not spaces:
+        return members
+    mean = _single(sum(spaces) // len(spaces))
+    return tuple(
+        replace(node, vnodes=min(round(VNODES_DEFAULT * _single(_single(node.space) / mean)), 0xFFFF))
+        for node in members
+    )
+
+
+class DiskRing:
+    """Which of a node's disks holds an object. Immutable.
+
+    :param disks: (path as the operator gave it, recorded size in bytes) pairs. Trailing slashes do not count.
+    """
+
+    __slots__ = ("_owners", "positions")
+
+    positions: tuple[int, ...]
+
+    def __init__(self, disks: Iterable[tuple[str, int]]) -> None:
+        owners: dict[int, str] = {}
+        for path, weight_bytes in sorted(disks):
+            count = -(-weight_bytes // DISK_POSITION_BYTES)
+            key = (path.rstrip("/") or "/").encode("utf-8", "surrogateescape")
+            for place in hash_chain(sd_hash(key), count):
+                position = place
+                while position in owners:
+                    position = (position + 1) % _U64
+                owners[position] = path
+        self.positions = tuple(sorted(owners))
+        self._owners = tuple(owners[position] for position in self.positions)
+
+    def disk_of(self, oid: int) -> str:
+        """The path of the disk where ``oid`` belongs, as it was given.
+
+        :raises LookupError: no disk has any space.
+        """
+        if not self.positions:
+            raise LookupError("no disk with space to place an object on")
+        return self._owners[bisect_left(self.positions, hash_oid(oid)) % len(self.positions)]
