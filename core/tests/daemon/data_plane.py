@@ -24,6 +24,7 @@ from sheepdog.daemon.server import Server
 from sheepdog.daemon.settler import Settler
 from sheepdog.daemon.shards import Shards
 from sheepdog.daemon.placement import Placer, scheme_finder
+from sheepdog.daemon.spawner import Spawner
 from sheepdog.daemon.state import SheepState
 from sheepdog.daemon.stats import Stats
 from sheepdog.daemon.striped import Striped
@@ -46,7 +47,7 @@ class Plane:
         self.dispatcher = Dispatcher(self.state, self.outbox, spawn)
         self.server = Server(self.dispatcher, self.outbox, self.unsettled.abandon)
         self.peers = PeerPool(transport, self.outbox, clock, spawn)
-        self.placer = Placer(self.state, scheme_finder((CopiesFactory(), *factories)))
+        self.placer = Placer(self.state, scheme_finder((CopiesFactory(), *factories)), self.peers)
         self.store = store
         shards = Shards(store, executor, self.outbox, durable=durable, device_failed=lambda error: False)
         self.shards = shards
@@ -98,9 +99,11 @@ async def planes(count, make_store, make_transport, *, copies=None, durable=Fals
     """``count`` data planes that know each other, epoch 1."""
     async with ThreadExecutor(4) as executor, anyio.create_task_group() as tasks:
         made = []
+        spawn = Spawner()
+        tasks.start_soon(spawn.run)
         for zone in range(count):
             plane = Plane(
-                make_transport(), make_store(zone), executor, tasks.start_soon, durable=durable, factories=factories
+                make_transport(), make_store(zone), executor, spawn, durable=durable, factories=factories
             )
             await plane.listen(zone)
             made.append(plane)

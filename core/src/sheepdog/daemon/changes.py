@@ -38,7 +38,7 @@ class Changes:
         elif offset + len(data) > placement.object_bytes:
             done(Result.INVALID_PARMS)
         elif opcode == FORWARD_WRITE:
-            if not placement.scheme.identical:
+            if not placement.identical:
                 self._striped.write(oid, offset, data, placement, done)
             elif is_map_write(oid, offset, len(data)):
                 self.references.write_map(oid, offset, data, placement, done)
@@ -51,7 +51,7 @@ class Changes:
     def _create(
         self, oid: int, offset: int, data: Buffer, cow_oid: int, placement: Placement, done: Done
     ) -> None:
-        create_now = self._primary.create_now if placement.scheme.identical else self._striped.create_now
+        create_now = self._primary.create_now if placement.identical else self._striped.create_now
         whole = placement.object_bytes
 
         def copy_then_create(finish: Done) -> None:

@@ -206,11 +206,11 @@ class Gateway:
 
     # ---- limits that concern every request
 
-    def halted(self, oid: int, copies: int, policy: int) -> bool:
-        """Strict clusters refuse writes while zones are fewer than copies."""
-        if not self.state.flags & ClusterFlag.STRICT:
-            return False
-        return self.state.ring.zones < self.placer.placement(oid, copies, policy).copies
+    def halted(self, placement: Placement, opcode: int) -> bool:
+        """Nobody stores objects; or the cluster is strict, the change no removal, and zones are fewer than copies."""
+        if not placement.holders:
+            return True
+        return opcode != FORWARD_REMOVE and placement.short and bool(self.state.flags & ClusterFlag.STRICT)
 
 
 class _Drain:
@@ -291,18 +291,19 @@ class _Change(_Operation):
         if self.checked and not gateway.placer.writable(oid):
             self.finish(Result.READONLY, None)
             return
-        primary = placement.primary
-        if primary is None or (self.opcode != FORWARD_REMOVE and gateway.halted(oid, self.copies, self.policy)):
+        if placement.short and gateway.halted(placement, self.opcode):
             self.finish(Result.HALT, None)
             return
         epoch = gateway.state.epoch
-        if primary == gateway.state.me.id:
+        if placement.here:
             gateway.changes.apply(
                 self.opcode, oid, self.offset, self.data, self.cow_oid, placement,
                 lambda result: self.ended(epoch, result, None),
             )  # fmt: skip
             return
-        gateway.peers.link(primary).object_request(
+        link = placement.primary_link
+        assert link is not None, "the primary is another sheep"
+        link.object_request(
             self.opcode, epoch, oid, lambda response: self.ended(epoch, response.result, None),
             flags=self.flags, cow_oid=self.cow_oid, copies=placement.copies, copy_policy=placement.policy,
             offset=self.offset, body=self.data,
@@ -358,7 +359,7 @@ class _Read(_Operation):
             self.finish(Result.HALT, None)
             return
         self.epoch = gateway.state.epoch
-        if not placement.scheme.identical:
+        if not placement.identical:
             epoch = self.epoch
             gateway.striped.read(
                 self.oid, self.offset, self.length, placement, lambda result, data: self.ended(epoch, result, data)
@@ -366,7 +367,7 @@ class _Read(_Operation):
             return
         self.placement = placement
         own_copy = placement.local and gateway.shards is not None
-        if own_copy and not placement.index:
+        if own_copy and placement.here:
             self._local()
         elif own_copy and self.oid not in gateway._writing and self.oid not in gateway.primary.unsettled.oids:
             self._local()
@@ -392,11 +393,11 @@ class _Read(_Operation):
 
     def _next_holder(self) -> None:
         gateway = self.gateway
-        others = self.placement.others
-        if self.trying < len(others):
-            node = others[self.trying]
+        links = self.placement.links
+        if self.trying < len(links):
+            link = links[self.trying]
             self.trying += 1
-            gateway.peers.link(node).object_request(
+            link.object_request(
                 Op.READ_PEER, self.epoch, self.oid, self._holder_done, offset=self.offset, length=self.length
             )
             return

@@ -263,7 +263,7 @@ class ObjectOperations:
     def _forward_change(self, connection: ClientConnection, request: Request) -> None:
         placement = self._gateway.placer.placement(request.oid, request.copies, request.copy_policy)
         answer = self._peer_answer(connection, request)
-        if placement.primary != self._state.me.id:
+        if not placement.here:
             # The two sheep disagree on the volume's copies for a moment: the gateway tries again.
             answer(Result.NETWORK_ERROR, None)
             return
@@ -279,7 +279,7 @@ class ObjectOperations:
         ref = RefRequest.unpack(request.variant or b"")
         placement = self._gateway.placer.placement(ref.oid)
         answer = self._peer_answer(connection, request)
-        if placement.primary != self._state.me.id:
+        if not placement.here:
             answer(Result.NETWORK_ERROR, None)
             return
         self._changes.references.decref(

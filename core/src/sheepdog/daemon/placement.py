@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from sheepdog.contracts.redundancy import RedundancyFactory, RedundancyScheme
+from sheepdog.daemon.peers import PeerPool
 from sheepdog.daemon.state import SheepState
 from sheepdog.errors import ConfigError
 from sheepdog.model.ids import always_replicated, is_data, object_bytes, vid_of
@@ -21,11 +22,19 @@ SchemeOf = Callable[[int, int], RedundancyScheme]  # policy byte, number of shar
 
 
 class Placement:
-    """The holders of one object under one ring."""
+    """The holders of one object under one ring.
 
-    __slots__ = ("copies", "holders", "index", "local", "object_bytes", "others", "policy", "primary", "scheme")
+    What every request asks is worked out once: comparing node ids costs more than all else in here.
+    """
 
-    def __init__(self, holders: tuple[Node, ...], me: NodeId, scheme: RedundancyScheme, bytes_: int) -> None:
+    __slots__ = (
+        "copies", "here", "holders", "identical", "index", "links", "local", "object_bytes", "others", "policy",
+        "primary", "primary_link", "scheme", "short",
+    )  # fmt: skip
+
+    def __init__(
+        self, holders: tuple[Node, ...], me: NodeId, scheme: RedundancyScheme, bytes_: int, peers: PeerPool
+    ) -> None:
         self.holders = tuple(node.id for node in holders)
         self.scheme = scheme
         self.policy = scheme.policy
@@ -34,17 +43,23 @@ class Placement:
         self.index = next((i for i, node in enumerate(self.holders) if node == me), -1)
         self.local = self.index >= 0  # a shard belongs here
         self.primary = self.holders[0] if self.holders else None
+        self.here = self.index == 0  # we are the primary
         self.others = tuple(node for node in self.holders if node != me)
+        self.links = tuple(peers.link(node) for node in self.others)
+        self.primary_link = self.links[0] if self.links and not self.here else None
+        self.identical = scheme.identical
+        self.short = len(self.holders) < scheme.shards  # fewer zones than copies
 
 
 class Placer:
     """Answers ``placement(oid)`` for the current ring."""
 
-    def __init__(self, state: SheepState, scheme_of: SchemeOf) -> None:
+    def __init__(self, state: SheepState, scheme_of: SchemeOf, peers: PeerPool) -> None:
         self._state = state
+        self._peers = peers
         self._scheme_of = scheme_of
         self._ring: Ring | None = None
-        self._cache: dict[int, tuple[Placement, object]] = {}
+        self._cache: dict[int, tuple[Placement, tuple[int, ...]]] = {}
 
     def placement(self, oid: int, copies: int = 0, policy: int = 0) -> Placement:
         """Where ``oid`` belongs now.
@@ -56,10 +71,13 @@ class Placer:
         if ring is not self._ring or len(self._cache) > CACHE_MAX:
             self._cache = {}
             self._ring = ring
-        known = state.vdis.scheme_of(vid_of(oid))
+        known = state.vdis.scheme_of(oid >> 32 & 0xFFFFFF)
         entry = self._cache.get(oid)
-        if entry is not None and entry[1] == known and known is not None:
-            return entry[0]
+        if entry is not None:
+            asked = entry[1]
+            if asked is known or asked == (known or (copies, policy)):
+                return entry[0]
+        asked = known or (copies, policy)
         if known is not None:
             copies, policy, shift = known
         else:
@@ -69,8 +87,8 @@ class Placer:
         if always_replicated(oid):
             policy = 0
         scheme = self._scheme_of(policy, copies)
-        made = Placement(ring.holders(oid, scheme.shards), state.me.id, scheme, object_bytes(oid, shift))
-        self._cache[oid] = (made, known)
+        made = Placement(ring.holders(oid, scheme.shards), state.me.id, scheme, object_bytes(oid, shift), self._peers)
+        self._cache[oid] = (made, asked)
         return made
 
     def holders_in(self, ring: Ring, oid: int) -> tuple[NodeId, ...]:

@@ -177,7 +177,7 @@ class Primary:
     def write_now(self, oid: int, offset: int, data: Buffer, placement: Placement, done: Done) -> None:
         """As ``write``, for a caller that is in the lane already."""
         epoch = self._state.epoch
-        others = placement.others
+        others = placement.links
         key = ShardKey(oid, REPLICA)
         fan = FanOut(1 + len(others), self.unsettled, oid, done)
         answered_early: list[int] = []
@@ -195,8 +195,8 @@ class Primary:
         if answered_early and answered_early[0]:
             self._local_write_failed(answered_early[0], fan, len(others), oid, offset, data, placement, done)
             return
-        for node in others:
-            self._peers.link(node).object_request(
+        for link in others:
+            link.object_request(
                 Op.WRITE_PEER, epoch, oid, fan.answered, offset=offset, body=data, copies=placement.copies,
                 cow_oid=fan.sequence, tail=self.unsettled.low_water,
             )  # fmt: skip
@@ -225,8 +225,8 @@ class Primary:
         """As ``create``, for a caller that is in the lane already."""
         epoch = self._state.epoch
         fan = FanOut(1 + len(placement.others), self.unsettled, oid, done)
-        for node in placement.others:
-            self._peers.link(node).object_request(
+        for link in placement.links:
+            link.object_request(
                 Op.CREATE_AND_WRITE_PEER, epoch, oid, fan.answered, offset=offset, body=data,
                 copies=placement.copies, copy_policy=placement.policy,
                 cow_oid=fan.sequence, tail=self.unsettled.low_water,
@@ -303,8 +303,8 @@ class Primary:
                 return
             epoch = self._state.epoch
             fan = FanOut(len(placement.others), self.unsettled, oid, pushed)
-            for node in placement.others:
-                self._peers.link(node).object_request(
+            for link in placement.links:
+                link.object_request(
                     Op.CREATE_AND_WRITE_PEER, epoch, oid, fan.answered, body=content, copies=placement.copies,
                     copy_policy=placement.policy, tail=self.unsettled.low_water,
                 )  # fmt: skip

@@ -46,6 +46,7 @@ PARALLEL_PER_DISK = 2
 LIST_BYTES_FIRST = 1 << 20
 LIST_BYTES_MAX = 64 << 20
 RETRY_S = 0.5
+LIST_RETRY_S = 0.05
 PIECE_BYTES = 4 << 20
 
 Fetched: TypeAlias = Callable[[int], None]
@@ -483,8 +484,7 @@ class Recovery:
             else:
                 listed = await self._list(node.id, epoch)
                 if listed is None:
-                    logger.warning("node=%s did not give its object list", node.id.text)
-                    continue
+                    return self._state.epoch != epoch  # without it something could be overlooked: again, unless replaced
                 oids = listed
             for oid in oids:
                 wanted[oid] = None
@@ -506,18 +506,25 @@ class Recovery:
         return True
 
     async def _list(self, node: NodeId, epoch: int) -> list[int] | None:
+        """What ``node`` holds, live and stale. Asked until it answers or the epoch is over (``None``)."""
         room = LIST_BYTES_FIRST
-        while room <= LIST_BYTES_MAX:
+        asked = 0
+        while self._state.epoch == epoch and room <= LIST_BYTES_MAX:
             try:
                 response = await self._peers.call(node, Request(Op.GET_OBJ_LIST, epoch=epoch, data_length=room))
             except TransportError:
-                return None
-            if response.result == Result.BUFFER_SMALL:
+                result: int = Result.NETWORK_ERROR
+            else:
+                result = response.result
+            if result == Result.BUFFER_SMALL:
                 room *= 4
-                continue
-            if response.result:
-                return None
-            return [oid for (oid,) in iter_unpack("<Q", bytes(response.body))]
+            elif result:
+                asked += 1
+                if asked % 20 == 0:
+                    logger.warning("node=%s does not give its object list: result=0x%02x", node.text, result)
+                await anyio.sleep(LIST_RETRY_S)
+            else:
+                return [oid for (oid,) in iter_unpack("<Q", bytes(response.body))]
         return None
 
     async def _recover(self) -> None:

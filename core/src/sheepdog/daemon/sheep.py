@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import anyio
-from anyio.abc import TaskGroup, TaskStatus
+from anyio.abc import TaskStatus
 
 from sheepdog.contracts.cluster import ClusterDriver
 from sheepdog.contracts.frontend import FrontEnd, FrontEndContext
@@ -39,11 +39,12 @@ from sheepdog.daemon.references import References
 from sheepdog.daemon.server import Server
 from sheepdog.daemon.settler import Settler
 from sheepdog.daemon.shards import Shards
+from sheepdog.daemon.spawner import Spawner
 from sheepdog.daemon.state import SheepState
 from sheepdog.daemon.stats import Stats
 from sheepdog.daemon.striped import Striped
 from sheepdog.daemon.unsettled import Unsettled
-from sheepdog.daemon.volumes import VolumeService
+from sheepdog.daemon.volumes import GatewayVolumes
 from sheepdog.errors import SheepdogError
 from sheepdog.model.clusterinfo import ClusterFlag, ClusterStatus
 from sheepdog.model.node import Node, NodeId
@@ -91,7 +92,7 @@ class Sheep:
         self.exit_code = 0
         self._stopping = anyio.Event()
         self._reason = ""
-        self._tasks: TaskGroup | None = None
+        self.spawn = Spawner()
         services = parts.services
         clock = services.clock
         self.outbox = Outbox()
@@ -101,7 +102,7 @@ class Sheep:
         self.dispatcher = Dispatcher(self.state, self.outbox, self.spawn)
         self.server = Server(self.dispatcher, self.outbox, self.unsettled.abandon)
         self.peers = PeerPool(services.transport, self.outbox, clock, self.spawn)
-        self.placer = Placer(self.state, scheme_finder(parts.redundancies))
+        self.placer = Placer(self.state, scheme_finder(parts.redundancies), self.peers)
         self.backend = LocalBackend(
             self.state, parts.storedir, services.executor, self.stats, self,
             make_store=parts.make_store, store_names=parts.store_names, store=parts.store,
@@ -144,16 +145,13 @@ class Sheep:
             gateway=self.gateway, dispatcher=self.dispatcher, lifecycle=self, services=services, spawn=self.spawn,
             auto_vnodes=config.vnodes is None,
         )  # fmt: skip
-        self.volumes = VolumeService(self.gateway, self.control)
+        self.recovery.ring_of = self.control.epoch_ring
+        self.recovery.announce = self.control.announce_recovered
+        self.volumes = GatewayVolumes(self.gateway, self.control, self.spawn)
         self._epoch_told = 0
         self.state.observe(self._state_changed)
 
     # ---- what others call
-
-    def spawn(self, function: Callable[..., Any], *args: Any) -> None:  # Any: an async function and its arguments
-        """Starts a task that ends with the sheep at the latest."""
-        assert self._tasks is not None, "nothing is spawned before the sheep runs"
-        self._tasks.start_soon(function, *args)
 
     def stop(self, exit_code: int, reason: str) -> None:
         """The sheep ends in order: no new connections, requests in flight end, the cluster is left. Returns at once."""
@@ -188,7 +186,7 @@ class Sheep:
                 listeners.append(listener)
                 stack.push_async_callback(listener.aclose)
             async with anyio.create_task_group() as tasks:
-                self._tasks = tasks
+                tasks.start_soon(self.spawn.run)
                 tasks.start_soon(self._tick)
                 tasks.start_soon(self.recovery.run)
                 tasks.start_soon(self.settler.run)
@@ -266,8 +264,8 @@ async def _run(
         if unknown is not None:
             raise
         assert known is not None
-        for error in _leaves(known):
-            _log_failure(error)
+        for leaf in _leaves(known):
+            _log_failure(leaf)
     return 1
 
 
