@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sheepdog.contracts.store import REPLICA, ShardKey
 from sheepdog.daemon.changes import Changes
+from sheepdog.daemon.coherence import Coherence
 from sheepdog.daemon.dispatch import Dispatcher
 from sheepdog.daemon.gateway import Gateway
 from sheepdog.daemon.outbox import Outbox
 from sheepdog.daemon.primary import Primary
+from sheepdog.daemon.references import is_map_write
 from sheepdog.daemon.shards import Shards
 from sheepdog.daemon.state import SheepState
 from sheepdog.daemon.stats import Stats
 from sheepdog.daemon.unsettled import Unsettled
 from sheepdog.model.ids import is_sparse
+from sheepdog.model.inode import SHORT_INODE_BYTES
 from sheepdog.wire.extensions import (
     FORWARD_CREATE,
     FORWARD_DECREF,
@@ -67,6 +70,7 @@ class ObjectOperations:
         self._stats = stats
         self._outbox = outbox
         self.recovery: Recovery | None = None
+        self.coherence: Coherence | None = None
         self._early: deque[tuple[ClientConnection, Request, _Serve]] = deque()
         state.observe(self._epoch_changed)
         path = dispatcher.path
@@ -100,10 +104,18 @@ class ObjectOperations:
         stats = self._stats
         stats.gateway_began(request)
 
+        coherence = self.coherence
+        if request.flags & Flag.TGT and coherence is not None and coherence.refuses(request):
+            stats.gateway_active -= 1
+            connection.reply(request, Result.INODE_INVALIDATED)
+            return
+
         def done(result: int, data: Any) -> None:  # Any: the bytes on success
             stats.gateway_active -= 1
             if result:
                 connection.reply(request, result)
+            elif length == SHORT_INODE_BYTES and coherence is not None and coherence.is_refresh(request):
+                coherence.refreshed(request.oid, lambda: connection.reply(request, 0, b"", data))
             else:
                 connection.reply(request, 0, b"", data)
 
@@ -111,15 +123,33 @@ class ObjectOperations:
 
     def _write_obj(self, connection: ClientConnection, request: Request) -> None:
         self._stats.gateway_began(request)
-        self._gateway.submit_write(
-            request.oid, request.offset, request.body, self._answer(connection, request),
-            copies=request.copies, policy=request.copy_policy,
-        )  # fmt: skip
+        answer = self._answer(connection, request)
+        if self._refused(request, answer):
+            return
+
+        def submit() -> None:
+            self._gateway.submit_write(
+                request.oid, request.offset, request.body, answer, copies=request.copies, policy=request.copy_policy
+            )
+
+        if self.coherence is not None and is_map_write(request.oid, request.offset, len(request.body)):
+            self.coherence.before_map_write(request.oid, submit)
+        else:
+            submit()
+
+    def _refused(self, request: Request, answer: Callable[[int, Any], None]) -> bool:
+        if request.flags & Flag.TGT and self.coherence is not None and self.coherence.refuses(request):
+            answer(Result.INODE_INVALIDATED, None)
+            return True
+        return False
 
     def _create_obj(self, connection: ClientConnection, request: Request) -> None:
         self._stats.gateway_began(request)
+        answer = self._answer(connection, request)
+        if self._refused(request, answer):
+            return
         self._gateway.submit_create(
-            request.oid, request.offset, request.body, self._answer(connection, request),
+            request.oid, request.offset, request.body, answer,
             cow_oid=request.cow_oid if request.flags & Flag.COW else 0,
             copies=request.copies, policy=request.copy_policy,
         )  # fmt: skip

@@ -130,11 +130,20 @@ class PeerLink:
             self._channel.write(output)
 
     async def _connect(self) -> None:
+        addresses = [self.node.text]
+        if self.node.io_port:
+            addresses.insert(0, NodeId(self.node.io_address, self.node.io_port).text)
         try:
-            with anyio.fail_after(CONNECT_S):
-                await self._pool.transport.connect(self.node.text, self._opened)
-        except (TransportError, TimeoutError) as error:
-            logger.debug("node=%s is not reachable: %s", self.node.text, error)
+            for address in addresses:
+                try:
+                    with anyio.fail_after(CONNECT_S):
+                        await self._pool.transport.connect(address, self._opened)
+                    return
+                except (TransportError, TimeoutError) as error:
+                    if address != addresses[-1]:
+                        logger.warning("fallback to main address of node=%s: %s", self.node.text, error)
+                    else:
+                        logger.debug("node=%s is not reachable: %s", self.node.text, error)
             self._failed_at = self._pool.clock.monotonic()
             self._lost()
         finally:

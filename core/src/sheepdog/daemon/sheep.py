@@ -24,6 +24,7 @@ from sheepdog.contracts.store import ObjectStore
 from sheepdog.contracts.transport import Listener
 from sheepdog.daemon.backend import LocalBackend
 from sheepdog.daemon.changes import Changes
+from sheepdog.daemon.coherence import Coherence
 from sheepdog.daemon.config import SheepConfig
 from sheepdog.daemon.control import Control
 from sheepdog.daemon.dispatch import Dispatcher
@@ -145,6 +146,7 @@ class Sheep:
             gateway=self.gateway, dispatcher=self.dispatcher, lifecycle=self, services=services, spawn=self.spawn,
             auto_vnodes=config.vnodes is None,
         )  # fmt: skip
+        self.operations.coherence = Coherence(self.state, self.control.coherence, self.spawn, self.outbox)
         self.recovery.ring_of = self.control.epoch_ring
         self.recovery.announce = self.control.announce_recovered
         self.volumes = GatewayVolumes(self.gateway, self.control, self.spawn)
