@@ -61,7 +61,7 @@ class ObjectStore(ABC):
     def create(
         self, key: ShardKey, data: Buffer, *, offset_bytes: int, size_bytes: int, sparse: bool, durable: bool
     ) -> None:
-        """The shard exists with ``size_bytes`` bytes: ``data`` at ``offset_bytes``, zeros elsewhere. Replaces an old one.
+        """The shard exists with ``size_bytes`` bytes: ``data`` at ``offset_bytes``, else zeros. Replaces an old one.
 
         Atomic: a crash leaves the old shard (or none) or the new one, never a part.
 
@@ -163,11 +163,14 @@ class ObjectStore(ABC):
 
     @abstractmethod
     def usage(self) -> Usage:
-        """Sums over all disks."""
+        """Sums over all disks. Measures, which can take a while: not for the event loop."""
 
     @abstractmethod
     def disks(self) -> tuple[DiskInfo, ...]:
-        """The disks in use, in path order. A store without disks of its own reports one with its path."""
+        """The disks in use, in path order. A store without disks of its own reports one with its path.
+
+        Never fails for a failing disk: that one is listed with nothing used and nothing free.
+        """
 
     def add_disk(self, path: str) -> None:
         """A new, emptied directory takes its share of the objects from now on.
