@@ -1,0 +1,1 @@
+"""Builders of store directories, byte by byte, for tests."""
