@@ -424,7 +424,7 @@ class World:
 
     def __init__(self, tasks, seed=0, delay_s_max=0.0):
         self.tasks = tasks
-        self.hub = MemoryCluster(seed=seed, delay_s_max=delay_s_max)
+        self.hub = MemoryCluster(seed=seed, delay_s_max=delay_s_max, session_s=0.5, detection_s=0.2)
         self.space = ObjectSpace()
         self.disks = {}
         self.live = {}

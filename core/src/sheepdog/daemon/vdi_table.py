@@ -1,0 +1,134 @@
+"""What one sheep knows about all volumes: their schemes, which numbers are used, which are deleted, who holds locks.
+
+The table is the same on every member once the same events were processed (membership). The data path asks two things of
+it for every request, whether a volume is a snapshot and how its objects are stored, so each is one dictionary lookup.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from sheepdog.model.node import NodeId
+from sheepdog.model.vdi_state import VdiState
+from sheepdog.model.vid_bitmap import VidBitmap
+
+
+class VdiTable:
+    """All known volumes."""
+
+    __slots__ = ("_schemes", "_snapshots", "_states", "deleted", "in_use")
+
+    def __init__(self) -> None:
+        self.in_use = VidBitmap()
+        self.deleted = VidBitmap()
+        self._states: dict[int, VdiState] = {}
+        self._schemes: dict[int, tuple[int, int, int]] = {}
+        self._snapshots: set[int] = set()
+
+    # ---- data path
+
+    def scheme_of(self, vid: int) -> tuple[int, int, int] | None:
+        """(copies, copy policy, block size shift) of a known volume; ``None``: use the defaults of the cluster."""
+        return self._schemes.get(vid)
+
+    def readonly(self, vid: int) -> bool:
+        """Whether data objects of this volume must not change any more, because it is a snapshot."""
+        return vid in self._snapshots
+
+    # ---- control plane
+
+    def get(self, vid: int) -> VdiState | None:
+        """The state of a known volume."""
+        return self._states.get(vid)
+
+    def states(self) -> list[VdiState]:
+        """All states, ordered by vid."""
+        return [self._states[vid] for vid in sorted(self._states)]
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def put(self, state: VdiState) -> None:
+        """``state`` replaces what was known of its vid; the bitmaps stay."""
+        vid = state.vid
+        self._states[vid] = state
+        self._schemes[vid] = (state.copies, state.copy_policy, state.block_size_shift)
+        if state.snapshot:
+            self._snapshots.add(vid)
+        else:
+            self._snapshots.discard(vid)
+
+    def use(self, vid: int) -> None:
+        """The number is taken."""
+        self.in_use.add(vid)
+
+    def mark_deleted(self, vid: int) -> None:
+        """The volume is deleted: both bits are set and its state says so."""
+        self.in_use.add(vid)
+        self.deleted.add(vid)
+        state = self._states.get(vid)
+        if state is not None and not state.deleted:
+            self.put(replace(state, deleted=True))
+
+    def forget(self, vid: int) -> None:
+        """Nothing is known of ``vid`` and its number is free again."""
+        self.in_use.discard(vid)
+        self.deleted.discard(vid)
+        self._states.pop(vid, None)
+        self._schemes.pop(vid, None)
+        self._snapshots.discard(vid)
+
+    def clear(self) -> None:
+        """Format: no volume exists."""
+        self.in_use.clear()
+        self.deleted.clear()
+        self._states.clear()
+        self._schemes.clear()
+        self._snapshots.clear()
+
+    def merge(self, states: Iterable[VdiState]) -> None:
+        """What another sheep knows is added by union: a volume known anywhere is used, one deleted anywhere is deleted,
+        one that is a snapshot anywhere is a snapshot. Scheme and lock of a volume known already stay."""
+        for theirs in sorted(states, key=lambda state: state.vid):
+            vid = theirs.vid
+            self.in_use.add(vid)
+            ours = self._states.get(vid)
+            if ours is None:
+                self.put(theirs)
+            elif theirs.snapshot and not ours.snapshot:
+                self.put(replace(ours, snapshot=True))
+            if theirs.deleted:
+                self.mark_deleted(vid)
+
+    def drop_node(self, node: NodeId) -> None:
+        """``node`` left: it takes part in no shared lock any more. A normal lock of it stays until somebody unlocks."""
+        for vid in sorted(self._states):
+            state = self._states[vid]
+            changed = state.without_node(node)
+            if changed is not state:
+                self._states[vid] = changed
+
+    # ---- families (recycling of numbers)
+
+    def children(self) -> dict[int, list[int]]:
+        """vid -> the vids that name it as parent, ascending. Roots are listed under 0."""
+        tree: dict[int, list[int]] = {}
+        for vid in sorted(self._states):
+            parent = self._states[vid].parent_vid
+            tree.setdefault(parent if parent in self._states else 0, []).append(vid)
+        return tree
+
+    def dead_families(self) -> list[int]:
+        """All vids, ascending, of families of which every member is deleted."""
+        tree = self.children()
+        dead: list[int] = []
+        for root in tree.get(0, ()):
+            family, queue = [], [root]
+            while queue:
+                vid = queue.pop()
+                family.append(vid)
+                queue.extend(tree.get(vid, ()))
+            if all(self._states[vid].deleted for vid in family):
+                dead.extend(family)
+        return sorted(dead)
