@@ -1,0 +1,1 @@
+"""The subcommands of dog, one module per family of tasks; ``run(session)`` of a module does the work."""

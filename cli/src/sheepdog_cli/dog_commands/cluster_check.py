@@ -1,0 +1,23 @@
+"""``dog cluster check``: ``vdi check`` of everything."""
+
+from __future__ import annotations
+
+import sys
+
+from sheepdog_cli.dog_commands.vdi_check import check_objects, objects_of
+from sheepdog_cli.dog_commands.vdi_walk import walk
+from sheepdog_cli.session import Quit, Session, name_text
+
+
+def run(session: Session) -> None:
+    for walked in walk(session, maps=True):
+        header = walked.header
+        name = name_text(header.name)
+        if header.is_snapshot:
+            sys.stdout.write(f'fix snapshot {name} (id: {header.snap_id}, tag: "{name_text(header.tag)}")\n')
+        else:
+            sys.stdout.write(f"fix vdi {name}\n")
+        try:
+            check_objects(session, header, list(objects_of(header, walked.items())))
+        except Quit:
+            continue  # said already; the other vdis are checked all the same

@@ -1,0 +1,98 @@
+"""``dog vdi read`` and ``dog vdi write``: raw bytes between a volume and a pipe."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from sheepdog.client import volume
+from sheepdog.errors import RequestError, TransportError
+from sheepdog_cli.dog_commands.common import complain_object, open_inode, volume_size
+from sheepdog_cli.session import EXIT_FAILURE, EXIT_SYSTEM, Session, fail
+from sheepdog_cli.values import NO_SELECTOR
+
+READ_BYTES_MAX = 4 << 20  # one request of ours; larger objects are moved in several
+
+
+def run(session: Session) -> None:
+    if session.command.name == "read":
+        _read(session)
+    else:
+        _write(session)
+
+
+def _range(session: Session) -> tuple[int, int | None]:
+    offset_text, length_text = session.argument(1), session.argument(2)
+    offset = 0 if offset_text is None else volume_size(offset_text)
+    return offset, None if length_text is None else volume_size(length_text)
+
+
+def _read(session: Session) -> None:
+    offset, length = _range(session)
+    inode = open_inode(session, session.arguments[0], session.options.get("snapshot", NO_SELECTOR))
+    disk = volume.Volume(inode)
+    if offset > disk.size:
+        fail("Read offset is beyond the end of the VDI", EXIT_FAILURE)
+    length = disk.size - offset if length is None else min(length, disk.size - offset)
+    sys.stdout.flush()
+    out = sys.stdout.buffer
+    zeros = memoryview(bytes(min(inode.object_bytes, READ_BYTES_MAX)))
+    for piece in volume.split(offset, length, inode.object_bytes):
+        for part in _parts(piece):
+            try:
+                hole = not inode.map.get(part.object_index)
+                data = zeros[: part.length] if hole else disk.read_piece(part)
+            except (RequestError, TransportError) as error:
+                complain_object(error)
+                fail("Failed to read VDI", EXIT_FAILURE)
+            try:
+                out.write(data)
+                out.flush()
+            except OSError as error:
+                reason = os.strerror(error.errno or 0)
+                # What is left in the buffer can never be written; the interpreter must not try again at exit.
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115  closed with the process
+                fail(f"Failed to write to stdout: {reason}", EXIT_SYSTEM)
+
+
+def _parts(piece: volume.Piece) -> list[volume.Piece]:
+    return [
+        volume.Piece(piece.object_index, piece.offset + start, min(READ_BYTES_MAX, piece.length - start))
+        for start in range(0, piece.length, READ_BYTES_MAX)
+    ]
+
+
+def _write(session: Session) -> None:
+    offset, length = _range(session)
+    inode = open_inode(session, session.arguments[0])
+    disk = volume.Volume(inode, flags=volume.FLAG_CACHE if "writeback" in session.options else 0)
+    if offset > disk.size:
+        fail("Write offset is beyond the end of the VDI", EXIT_FAILURE)
+    length = disk.size - offset if length is None else min(length, disk.size - offset)
+    source = sys.stdin.buffer
+    for piece in volume.split(offset, length, inode.object_bytes):
+        data = bytearray(piece.length)
+        try:
+            filled = _fill(source, memoryview(data))
+        except OSError as error:
+            fail(f"Failed to read from stdin: {os.strerror(error.errno or 0)}", EXIT_SYSTEM)
+        if not filled:
+            return
+        # A short last piece is padded with zeros to its end.
+        try:
+            disk.write_piece(piece, data)
+        except (RequestError, TransportError) as error:
+            complain_object(error)
+            fail("Failed to write VDI", EXIT_FAILURE)
+        if filled < piece.length:
+            return
+
+
+def _fill(source: object, view: memoryview) -> int:
+    filled = 0
+    while filled < len(view):
+        count = source.readinto(view[filled:])  # type: ignore[attr-defined]  # a binary stream
+        if not count:
+            break
+        filled += count
+    return filled

@@ -1,0 +1,193 @@
+"""From a checked command line to a running daemon: directories, fork, lock, log, pid file.
+
+The order is part of the interface: a daemon's parent process reports everything up to the lock of the base directory,
+and only that.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+import sys
+from dataclasses import replace
+
+from sheepdog.daemon.config import SheepConfig
+from sheepdog.errors import ConfigError, SheepdogError
+from sheepdog_cli import sheep_log
+
+logger = logging.getLogger(__name__)
+
+LOG_NAME = "sheep.log"
+OBJECTS_NAME = "obj"
+
+
+class StartError(Exception):
+    """It cannot start; the reason was logged."""
+
+
+def start(config: SheepConfig, *, foreground: bool) -> int:
+    """The exit code of this process: of the daemon in the foreground, else of the start.
+
+    In the background the daemon itself never returns from here, it ends its process.
+    """
+    early = sheep_log.start_early(config.log, config.port)
+    try:
+        config = prepare_paths(config)
+    except StartError:
+        return 1
+    if foreground:
+        return _run(config, early, None)
+    return _daemonise(config, early)
+
+
+def prepare_paths(config: SheepConfig) -> SheepConfig:
+    """The base directory and the disks exist; all paths are absolute.
+
+    :raises StartError: one cannot be made.
+    """
+    from sheepdog.daemon.storedir import create_directory, parse_path
+
+    path = parse_path(",".join((config.base, *config.disks)))
+    try:
+        create_directory(path.base)
+        create_directory(f"{path.base}/{OBJECTS_NAME}")
+        for disk in path.disks:
+            create_directory(disk)
+    except ConfigError as error:
+        _log_lines(error)
+        raise StartError from None
+    log = config.log
+    if log.destination == "default" and log.path is None:
+        log = replace(log, path=f"{path.base}/{LOG_NAME}")
+    return replace(config, base=path.base, disks=path.disks, log=log)
+
+
+def _log_lines(error: ConfigError) -> None:
+    for line in str(error).splitlines():
+        logger.error("%s", line)
+
+
+def _daemonise(config: SheepConfig, early: logging.Handler) -> int:
+    """Two forks; the parent waits until the daemon has the lock or failed to get it."""
+    reader, writer = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        os.close(writer)
+        status = os.read(reader, 1)
+        os.close(reader)
+        os.waitpid(child, 0)
+        return 0 if status == b"0" else 1
+    os.close(reader)
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    code = 1
+    try:
+        code = _run(config, early, writer)
+    except SystemExit as exit_:
+        code = exit_.code if isinstance(exit_.code, int) else 1
+    except BaseException:
+        logger.exception("unexpected end")
+    finally:
+        logging.shutdown()
+        os._exit(code)
+
+
+def _detach(writer: int) -> None:
+    """No terminal, no directory is held; the waiting parent ends with success."""
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+    if null > 2:
+        os.close(null)
+    os.write(writer, b"0")
+    os.close(writer)
+
+
+def _run(config: SheepConfig, early: logging.Handler, writer: int | None) -> int:
+    from sheepdog.daemon.storedir import StoreDirectory
+
+    directory = StoreDirectory(config.base)
+    try:
+        directory.lock()
+    except ConfigError as error:
+        _log_lines(error)
+        return 1
+    try:
+        log_file = sheep_log.start(config.log, config.port, early)
+    except OSError as error:
+        logger.error("cannot open the log file %s (%s)", config.log.path, os.strerror(error.errno or 0))
+        return 1
+    if writer is not None:
+        _detach(writer)
+    os.chdir(config.base)
+    _raise_file_limit()
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, lambda *_: None if log_file is None else log_file.rotate())
+    pid_file = None
+    try:
+        if config.pid_file is not None:
+            pid_file = write_pid_file(config.pid_file)
+        return _serve(config)
+    except StartError:
+        return 1
+    finally:
+        if pid_file is not None and config.pid_file is not None:
+            os.close(pid_file)
+            try:
+                os.unlink(config.pid_file)
+            except FileNotFoundError:
+                pass  # somebody tidied up before us
+        directory.unlock()
+
+
+def _serve(config: SheepConfig) -> int:
+    try:
+        from sheepdog.daemon.sheep import main
+
+        return main(config)
+    except SheepdogError as error:
+        logger.error("%s", error)
+        return error.exit_code
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except Exception:
+        logger.exception("unexpected end")
+        return 1
+
+
+def write_pid_file(path: str) -> int:
+    """The descriptor of the locked pid file, which holds our process id.
+
+    :raises StartError: it cannot be written, or another process holds it.
+    """
+    handle = -1
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(handle, 0)
+        os.write(handle, b"%d\n" % os.getpid())
+    except OSError as error:
+        if handle >= 0:
+            os.close(handle)
+        logger.error("failed to pid file '%s' - %s", path, os.strerror(error.errno or 0))
+        raise StartError from None
+    return handle
+
+
+def _raise_file_limit() -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as error:
+        logger.warning("failed to set nofile to suggested %d, max %d: %s", hard, hard, error)
