@@ -17,7 +17,7 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 class ShardRange(NamedTuple):
     """A range of one shard's file."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     offset_bytes: int
     length_bytes: int
 
@@ -25,7 +25,7 @@ class ShardRange(NamedTuple):
 class ShardWrite(NamedTuple):
     """Bytes for one shard's file. ``data`` may be shared between shards."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     offset_bytes: int
     data: Buffer
 
@@ -69,9 +69,7 @@ class RedundancyScheme(ABC):
         """
 
     @abstractmethod
-    def plan_read(
-        self, offset_bytes: int, length_bytes: int, available: Sequence[int]
-    ) -> Sequence[ShardRange] | None:
+    def plan_read(self, offset_bytes: int, length_bytes: int, available: Sequence[int]) -> Sequence[ShardRange] | None:
         """What to read so that ``join`` can answer; ``None`` if the available shards do not suffice.
 
         Touches only the shards that hold the range when those are available.

@@ -20,7 +20,7 @@ class ShardKey(NamedTuple):
     """Names one stored shard: a whole copy (index ``REPLICA``) or erasure-coded strip ``index`` (0-based)."""
 
     oid: int
-    index: int = REPLICA
+    index: int = REPLICA  # type: ignore[assignment]  # hides tuple.index(), which means nothing for a key
 
 
 class Usage(NamedTuple):

@@ -312,8 +312,6 @@ async def _run_sheep(
     if not config.gateway:
         disks = usable_disks(config.disks, config.base)
         store = make_store(store_name)
-        for number, disk in enumerate(store.disks()):
-            logger.info("%s, vdisk nr %d, total disk %d", disk.path, number, len(store.disks()))
         space = (disk_config.space if disk_config is not None else 0) or store.usage().weight_bytes
     vnodes = 0 if config.gateway else config.vnodes or 128
     zone = config.zone if config.zone is not None else default_zone(identity.address)

@@ -1,0 +1,594 @@
+"""A whole cluster in one process, in virtual time, repeatable from one seed.
+
+``simulate(seed, scenario)`` runs ``await scenario(simulation)`` under trio with a mock clock and a seeded scheduler.
+Each sheep is the real ``daemon.sheep.Sheep`` on an in-memory network, cluster service and disk; its worker threads are
+replaced by an executor that does the work after a random virtual delay. A failure says which seed repeats it. ::
+
+    async def scenario(simulation):
+        await simulation.start(3)
+        await simulation.format(copies=3)
+        client = simulation.client("vm0")
+        ...
+        await simulation.kill(1)
+        await simulation.restart(1)
+        await simulation.settled()
+
+    simulate(7, scenario)
+
+Everything random comes from the seed. Hashes of texts and bytes differ from process to process unless PYTHONHASHSEED is
+set, so code under simulation must not iterate sets of them where the order shows.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from struct import Struct
+from typing import Any, TypeVar
+
+import anyio
+import trio
+import trio.testing
+
+from sheepdog.builtin.copies import sheepdog_redundancy
+from sheepdog.contracts.services import Services
+from sheepdog.contracts.store import REPLICA, ShardKey, StoreOptions
+from sheepdog.contracts.transport import Channel
+from sheepdog.daemon.config import SheepConfig
+from sheepdog.daemon.sheep import Sheep, SheepParts
+from sheepdog.errors import SheepdogError, TransportError
+from sheepdog.model.clusterinfo import ClusterFlag, ClusterStatus, DiskConfig
+from sheepdog.model.epochs import EpochRecord
+from sheepdog.model.node import Node, NodeId
+from sheepdog.testing.memory_cluster import MemoryCluster
+from sheepdog.testing.memory_store import MemoryMedium, MemoryStore
+from sheepdog.testing.memory_transport import MemoryNetwork, Timers
+from sheepdog.wire.codec import response_decoder
+from sheepdog.wire.header import FLAG_WRITE, Request, Response
+from sheepdog.wire.opcodes import SHEEP_PROTO_VER, Op
+from sheepdog.wire.results import Result
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MiB = 1024 * 1024
+START_TIME = 1_600_000_000.0  # of the simulated world, seconds since 1970
+PORT = 7000
+DISK = "/simulated/obj"
+NODE_SPACE = 64 * 1024 * MiB
+SETTLE_S = 300.0  # virtual; then the cluster is taken for stuck
+ANSWER_S = 400.0  # virtual; a request without an answer for so long is a failure of the cluster
+
+# What a client of a sheep that is not ready yet sees; it tries again, as a guest does that waits for its storage.
+TRY_AGAIN = frozenset({Result.WAIT_FOR_JOIN, Result.WAIT_FOR_FORMAT, Result.KILLED, Result.SHUTDOWN, Result.HALT})
+
+_CLUSTER_VARIANT = Struct("<8xQBBHIIB3x")
+_VDI_VARIANT = Struct("<QIBBBBII8x")
+
+
+class SimulationFailed(AssertionError):
+    """The seed in the message repeats the failure."""
+
+
+def simulate(seed: int, scenario: Callable[[Simulation], Awaitable[T]], **options: Any) -> T:  # Any: of Simulation
+    """The result of ``scenario`` in a fresh world made of ``seed``.
+
+    :raises SimulationFailed: whatever went wrong is its cause.
+    """
+    scheduler: Any = trio._core._run  # Any: two private switches, for want of public ones
+    before = scheduler._ALLOW_DETERMINISTIC_SCHEDULING
+    scheduler._ALLOW_DETERMINISTIC_SCHEDULING = True
+    scheduler._r.seed(seed)
+
+    async def main() -> T:
+        async with Simulation(seed, **options) as simulation:
+            result = await scenario(simulation)
+            simulation.check()
+        return result
+
+    try:
+        return trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    except Exception as error:
+        raise SimulationFailed(f"seed {seed}: {_first_line(error)}") from error
+    finally:
+        scheduler._ALLOW_DETERMINISTIC_SCHEDULING = before
+
+
+def _first_line(error: BaseException) -> str:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+class SimulatedClock:
+    """``services.Clock`` in virtual time."""
+
+    def monotonic(self) -> float:
+        return trio.current_time()
+
+    def time(self) -> float:
+        return START_TIME + trio.current_time()
+
+
+class SimulatedExecutor:
+    """``services.Executor`` without threads: work is done at once after a random delay; pieces may overtake."""
+
+    def __init__(self, timers: Timers, rng: random.Random, delay_s: tuple[float, float] = (0.00005, 0.002)) -> None:
+        self._timers = timers
+        self._random = rng
+        self._delay_s = delay_s
+        self.dead = False
+
+    def submit(self, work: Callable[[], T], done: Callable[[Exception | None, T | None], None]) -> None:
+        self._timers.after(self._random.uniform(*self._delay_s), lambda: self._finish(work, done))
+
+    def _finish(self, work: Callable[[], T], done: Callable[[Exception | None, T | None], None]) -> None:
+        if self.dead:
+            return
+        try:
+            result = work()
+        except SheepdogError as error:
+            done(error, None)
+        else:
+            done(None, result)
+
+    async def run(self, work: Callable[[], T]) -> T:
+        event = anyio.Event()
+        outcome: list[tuple[Exception | None, T | None]] = []
+
+        def done(error: Exception | None, result: T | None) -> None:
+            outcome.append((error, result))
+            event.set()
+
+        self.submit(work, done)
+        await event.wait()
+        error, result = outcome[0]
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]  # without an error it is the T that work() returned
+
+
+class SimulatedStoreDirectory:
+    """Config and epoch files that survive a simulated sheep."""
+
+    def __init__(self) -> None:
+        self._config: bytes | None = None
+        self._epochs: dict[int, bytes] = {}
+
+    def read_config(self) -> DiskConfig | None:
+        return DiskConfig.unpack(self._config) if self._config is not None else None
+
+    def write_config(self, config: DiskConfig) -> None:
+        self._config = config.pack()
+
+    def epochs(self) -> list[int]:
+        return sorted(self._epochs)
+
+    def read_epoch(self, epoch: int) -> EpochRecord | None:
+        return EpochRecord.unpack(self._epochs[epoch]) if epoch in self._epochs else None
+
+    def write_epoch(self, epoch: int, record: EpochRecord) -> None:
+        self._epochs[epoch] = record.pack()
+
+    def remove_epochs(self, after: int = 0) -> None:
+        self._epochs = {epoch: data for epoch, data in self._epochs.items() if epoch <= after}
+
+
+class SimulatedSheep:
+    """One machine: its disk outlives the sheep that runs on it."""
+
+    def __init__(self, simulation: Simulation, number: int) -> None:
+        self.simulation = simulation
+        self.number = number
+        self.host = f"10.0.0.{number + 1}"
+        self.node = Node(NodeId.of(self.host, PORT), 128, number, NODE_SPACE)
+        self.medium = MemoryMedium()
+        self.storedir = SimulatedStoreDirectory()
+        self.sheep: Sheep | None = None
+        self._scope: trio.CancelScope | None = None
+        self._executor: SimulatedExecutor | None = None
+        self._ended = trio.Event()
+
+    @property
+    def address(self) -> str:
+        return f"{self.host}:{PORT}"
+
+    @property
+    def running(self) -> bool:
+        return self.sheep is not None
+
+    def open_store(self) -> MemoryStore:
+        """A store on this machine's disk, for the sheep or for a checker."""
+        return MemoryStore(StoreOptions((DISK,)), self.medium)
+
+    async def start(self) -> None:
+        """A sheep runs here and listens."""
+        assert self.sheep is None, f"node {self.number} runs already"
+        simulation = self.simulation
+        rng = simulation.fork_random()
+        executor = SimulatedExecutor(simulation.network.timers, simulation.fork_random())
+        services = Services(SimulatedClock(), rng, executor, simulation.network.transport(self.host))
+        parts = SheepParts(
+            services=services,
+            driver=simulation.cluster.driver(),
+            storedir=self.storedir,
+            store=self.open_store(),
+            store_name="plain",
+            store_names=("plain",),
+            make_store=lambda name: self.open_store(),
+            redundancies=(sheepdog_redundancy(),),
+            listen=(self.address,),
+        )
+        config = SheepConfig(base="/simulated", disks=(DISK,), nosync=simulation.nosync)
+        self.sheep = Sheep(self.node, config, parts)
+        self._executor = executor
+        self._scope = trio.CancelScope()
+        self._ended = trio.Event()
+        await simulation.nursery.start(self._run, self.sheep, self._scope, self._ended)
+
+    async def _run(
+        self,
+        sheep: Sheep,
+        scope: trio.CancelScope,
+        ended: trio.Event,
+        *,
+        task_status: trio.TaskStatus[Any] = trio.TASK_STATUS_IGNORED,  # Any: addresses
+    ) -> None:
+        try:
+            with scope:
+                await sheep.run(task_status=task_status)
+            if not scope.cancelled_caught:
+                raise AssertionError(f"node {self.number} ended by itself: {sheep._reason or sheep.exit_code}")
+        finally:
+            ended.set()
+
+    async def kill(self, *, power: bool = False) -> None:
+        """The sheep is gone in the middle of whatever it did. With ``power``, so is what its disk had not flushed."""
+        assert self.sheep is not None and self._scope is not None and self._executor is not None
+        simulation = self.simulation
+        simulation.trace(f"kill {self.number}{' (power)' if power else ''}")
+        self._executor.dead = True
+        simulation.network.kill(self.host)
+        if any(node.id == self.node.id for node in simulation.cluster.view):
+            simulation.cluster.kill(self.node.id)
+        self._scope.cancel()
+        self.sheep = None
+        await self._ended.wait()
+        if power:
+            self.medium.lose_power(simulation.random)
+
+
+class Simulation:
+    """The world: ``nodes``, a network, a cluster service, virtual time and one source of randomness.
+
+    :param latency_s: of each write on the network.
+    :param tear: probability that a delivery is torn.
+    :param nosync: sheep run with ``-n``.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        *,
+        latency_s: tuple[float, float] = (0.0001, 0.003),
+        tear: float = 0.05,
+        cluster_delay_s: float = 0.01,
+        nosync: bool = True,
+    ) -> None:
+        self.seed = seed
+        self.random = random.Random(seed)
+        self.network = MemoryNetwork(self.fork_random(), latency_s=latency_s, tear=tear)
+        self.cluster = MemoryCluster(seed=self.random.getrandbits(32), delay_s_max=cluster_delay_s)
+        self.nosync = nosync
+        self.nodes: list[SimulatedSheep] = []
+        self.clients: list[SimulatedClient] = []
+        self.history: list[tuple[float, str]] = []
+        self.nursery: trio.Nursery
+        self._manager: Any = None  # Any: trio's type for it is private
+
+    async def __aenter__(self) -> Simulation:
+        self._manager = trio.open_nursery()
+        self.nursery = await self._manager.__aenter__()
+        await self.network.timers.start()
+        return self
+
+    async def __aexit__(self, *exc_info: Any) -> Any:  # Any: what a context manager gets and gives
+        self.nursery.cancel_scope.cancel()
+        try:
+            return await self._manager.__aexit__(*exc_info)
+        finally:
+            with trio.CancelScope(shield=True):
+                await self.network.aclose()
+
+    def fork_random(self) -> random.Random:
+        """A source of its own for one part, so that the parts do not disturb each other."""
+        return random.Random(self.random.getrandbits(64))
+
+    def trace(self, event: str) -> None:
+        """Remembers what happened when; two runs from one seed have the same history."""
+        self.history.append((round(trio.current_time(), 9), event))
+        logger.debug("%.6f %s", trio.current_time(), event)
+
+    def check(self) -> None:
+        """Nothing failed in the background."""
+        if self.network.failures:
+            raise self.network.failures[0]
+
+    # ---- nodes
+
+    async def start(self, count: int) -> None:
+        """``count`` more sheep run and are members."""
+        for _ in range(count):
+            node = SimulatedSheep(self, len(self.nodes))
+            self.nodes.append(node)
+            await node.start()
+        await self.until(self._all_joined, "all sheep to join")
+
+    def _all_joined(self) -> bool:
+        running = self.running()
+        return all(node.sheep is not None and len(node.sheep.state.members) == len(running) for node in running)
+
+    def running(self) -> list[SimulatedSheep]:
+        return [node for node in self.nodes if node.running]
+
+    async def kill(self, number: int, *, power: bool = False) -> None:
+        await self.nodes[number].kill(power=power)
+
+    async def restart(self, number: int) -> None:
+        self.trace(f"start {number}")
+        await self.nodes[number].start()
+
+    def isolate(self, number: int) -> None:
+        """The node reaches nobody, the cluster service included, until ``heal``."""
+        self.trace(f"isolate {number}")
+        hosts = [node.host for node in self.nodes if node.number != number]
+        self.network.isolate(self.nodes[number].host, hosts + [client.host for client in self.clients])
+        self.cluster.partition(self.nodes[number].node.id)
+
+    def heal(self) -> None:
+        """Everybody reaches everybody."""
+        self.trace("heal")
+        self.network.heal()
+        self.cluster.heal()
+
+    # ---- waiting
+
+    async def until(self, condition: Callable[[], object], what: str, limit_s: float = SETTLE_S) -> None:
+        """``condition()`` is true.
+
+        :raises AssertionError: not within ``limit_s`` virtual seconds.
+        """
+        deadline = trio.current_time() + limit_s
+        while not condition():
+            self.check()
+            if trio.current_time() > deadline:
+                raise AssertionError(f"after {limit_s:.0f} virtual seconds still waiting for {what}; {self.describe()}")
+            await trio.sleep(0.05)
+
+    def is_settled(self) -> bool:
+        """All running sheep are in one epoch, have recovered and know of no object that may differ."""
+        running = self.running()
+        sheep = [node.sheep for node in running if node.sheep is not None]
+        if not sheep or len({one.state.epoch for one in sheep}) != 1:
+            return False
+        members = [node.node.id for node in running]
+        return all(
+            one.state.status is ClusterStatus.OK
+            and sorted(node.id for node in one.state.ring.nodes) == members
+            and not one.recovery.status().in_recovery
+            and not one.unsettled.oids
+            for one in sheep
+        )
+
+    async def settled(self) -> None:
+        """``is_settled`` holds, and did for a while."""
+        await self.until(self.is_settled, "the cluster to recover")
+        await trio.sleep(1)
+        await self.until(self.is_settled, "the cluster to recover")
+
+    def describe(self) -> str:
+        """The state of each node, for failure messages."""
+        lines = []
+        for node in self.nodes:
+            if node.sheep is None:
+                lines.append(f"{node.number}: down")
+                continue
+            state = node.sheep.state
+            recovery = node.sheep.recovery.status()
+            lines.append(
+                f"{node.number}: {state.status.name} epoch {state.epoch} of {len(state.ring.nodes)}"
+                f"{f' recovering {recovery.finished}/{recovery.total}' if recovery.in_recovery else ''}"
+                f"{f' unsettled {len(node.sheep.unsettled.oids)}' if node.sheep.unsettled.oids else ''}"
+            )
+        return "; ".join(lines)
+
+    # ---- clients
+
+    def client(self, name: str) -> SimulatedClient:
+        """A client on a machine of its own."""
+        client = SimulatedClient(self, name)
+        self.clients.append(client)
+        return client
+
+    async def format(self, copies: int = 3, flags: int = ClusterFlag.AUTO_VNODES, shift: int = 22) -> None:
+        """The cluster is formatted and serves."""
+        ctime = int(START_TIME) << 32
+        variant = _CLUSTER_VARIANT.pack(ctime, copies, 0, flags, 0, 0, shift)
+        request = Request(Op.MAKE_FS, variant=variant, flags=FLAG_WRITE, body=b"plain\0")
+        await self.client("admin").succeed(request)
+        await self.until(self.is_settled, "the format")
+
+    # ---- what is on the disks
+
+    def copies_of(self, oid: int, copies: int) -> dict[int, bytes | None]:
+        """The live copy of each holder of ``oid`` by node number, as its disk has it; ``None`` where it is missing."""
+        running = self.running()
+        assert running and running[0].sheep is not None
+        found: dict[int, bytes | None] = {}
+        for holder in running[0].sheep.state.ring.holders(oid, copies):
+            node = next(node for node in self.nodes if node.node.id == holder.id)
+            store, key = node.open_store(), ShardKey(oid, REPLICA)
+            found[node.number] = None
+            if store.exists(key):
+                content = bytearray(store.size(key))
+                store.read_into(key, memoryview(content), offset_bytes=0)
+                found[node.number] = bytes(content)
+        return found
+
+    def check_copies(self, oid: int, copies: int) -> bytes:
+        """The one content that all holders of ``oid`` have.
+
+        :raises AssertionError: one lacks it, or they differ.
+        """
+        found = self.copies_of(oid, copies)
+        missing = [number for number, content in found.items() if content is None]
+        assert not missing, f"oid={oid:016x} is missing on nodes {missing}, holders are {list(found)}"
+        contents = {number: content for number, content in found.items() if content is not None}
+        first = next(iter(contents.values()))
+        for number, content in contents.items():
+            if content != first:
+                at = next(i for i, (a, b) in enumerate(zip(content, first, strict=True)) if a != b)
+                raise AssertionError(f"oid={oid:016x} differs on node {number} from byte {at} on")
+        return first
+
+
+class _Connection:
+    """Receiver of one connection of a client."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self.decoder = response_decoder()
+        self.waiting: dict[int, tuple[trio.Event, list[Response]]] = {}
+        self.open = True
+
+    def get_buffer(self, size_hint: int) -> memoryview:
+        return self.decoder.get_buffer()
+
+    def buffer_updated(self, count: int) -> None:
+        for response in self.decoder.received(count):
+            event, answers = self.waiting.pop(response.id)
+            answers.append(response)
+            event.set()
+
+    def closed(self, error: Exception | None) -> None:
+        self.open = False
+        for event, _ in self.waiting.values():
+            event.set()
+
+    def writable(self) -> None:
+        """Requests of a simulated client are few."""
+
+
+class SimulatedClient:
+    """Speaks the wire protocol to one sheep at a time, and to another one when the connection breaks.
+
+    As a block driver does, it sends a request again until it was answered: everything is done at least once.
+    """
+
+    def __init__(self, simulation: Simulation, name: str) -> None:
+        self.simulation = simulation
+        self.host = name
+        self.random = simulation.fork_random()
+        self._transport = simulation.network.transport(name)
+        self._connection: _Connection | None = None
+        self._connecting = trio.Lock()
+        self._next_id = 1
+
+    async def succeed(self, request: Request) -> Response:
+        """The answer, which is SUCCESS."""
+        response = await self.request(request)
+        assert response.result == Result.SUCCESS, f"{request!r}: {Result(response.result).name}"
+        return response
+
+    async def request(self, request: Request) -> Response:
+        """The final answer to ``request``, sent again over broken connections and to sheep that are not ready.
+
+        :raises AssertionError: no answer within ``ANSWER_S``.
+        """
+        request.proto = SHEEP_PROTO_VER if request.opcode >= 0x80 else 2
+        if len(request.body):
+            request.flags |= FLAG_WRITE
+            request.data_length = len(request.body)
+        deadline = trio.current_time() + ANSWER_S
+        while True:
+            with trio.move_on_at(deadline):
+                response = await self._attempt(request)
+                if response is not None and response.result not in TRY_AGAIN:
+                    return response
+                await trio.sleep(self.random.uniform(0.05, 0.3))
+                continue
+            raise AssertionError(f"{self.host}: no answer to {request!r}; {self.simulation.describe()}")
+
+    async def _attempt(self, request: Request) -> Response | None:
+        """The answer, or ``None`` when the connection could not be made or broke."""
+        connection = await self._connected()
+        if connection is None:
+            return None
+        request.id = self._next_id
+        self._next_id += 1
+        event = trio.Event()
+        answers: list[Response] = []
+        connection.waiting[request.id] = (event, answers)
+        connection.channel.write([request.pack(), request.body])
+        await event.wait()
+        return answers[0] if answers else None
+
+    async def _connected(self) -> _Connection | None:
+        async with self._connecting:
+            if self._connection is not None and self._connection.open:
+                return self._connection
+            self._connection = None
+            running = self.simulation.running()
+            if not running:
+                return None
+            made: list[_Connection] = []
+
+            def make(channel: Channel) -> _Connection:
+                made.append(_Connection(channel))
+                return made[0]
+
+            try:
+                with trio.fail_after(5):
+                    await self._transport.connect(self.random.choice(running).address, make)
+            except (TransportError, trio.TooSlowError):
+                return None
+            self._connection = made[0]
+            return self._connection
+
+    def move(self) -> None:
+        """The next request goes to a sheep chosen anew, as after a migration. No effect with requests in flight."""
+        if self._connection is not None and not self._connection.waiting:
+            self._connection.channel.close()
+            self._connection = None
+
+    # ---- volumes
+
+    async def create_volume(self, name: str, size: int, copies: int = 0) -> int:
+        """The vid of a new volume."""
+        variant = _VDI_VARIANT.pack(size, 0, copies, 0, 0, 0, 0, 0)
+        response = await self.request(Request(Op.NEW_VDI, variant=variant, body=name.encode().ljust(256, b"\0")))
+        # A create that was sent twice finds its own work.
+        assert response.result in (Result.SUCCESS, Result.VDI_EXIST), Result(response.result).name
+        return await self.find_volume(name)
+
+    async def find_volume(self, name: str) -> int:
+        """The vid of an existing volume."""
+        variant = _VDI_VARIANT.pack(0, 0, 0, 0, 0, 0, 0, 0)
+        request = Request(Op.GET_VDI_INFO, variant=variant, body=name.encode().ljust(256, b"\0"))
+        response = await self.succeed(request)
+        return int.from_bytes(response.variant[4:8], "little")
+
+    async def read(self, oid: int, offset: int, length: int) -> bytes:
+        response = await self.succeed(Request(Op.READ_OBJ, oid=oid, offset=offset, data_length=length))
+        assert len(response.body) == length, f"{len(response.body)} bytes instead of {length}"
+        return bytes(response.body)
+
+    async def write(self, oid: int, offset: int, data: bytes) -> None:
+        await self.succeed(Request(Op.WRITE_OBJ, oid=oid, offset=offset, body=data))
+
+    async def create(self, oid: int, data: bytes = b"", offset: int = 0) -> None:
+        request = Request(Op.CREATE_AND_WRITE_OBJ, oid=oid, offset=offset, body=data, flags=FLAG_WRITE)
+        await self.succeed(request)
