@@ -108,6 +108,7 @@ if TYPE_CHECKING:
     from sheepdog.builtin.grouplog import GroupMember, GroupState, RecordDamaged
     from sheepdog.builtin.groupsession import GroupSession, Mailbox
     from sheepdog.builtin.streams import StreamTransport
+    from sheepdog.builtin.tls import TlsChannel as TlsChannel
 
 API_VERSION = (1, 0)
 """(major, minor). A plugin runs when its major number is the same and its minor number is not larger."""
@@ -122,6 +123,7 @@ _LATE = {
     "Mailbox": "sheepdog.builtin.groupsession",
     "RecordDamaged": "sheepdog.builtin.grouplog",
     "StreamTransport": "sheepdog.builtin.streams",
+    "TlsChannel": "sheepdog.builtin.tls",
 }
 
 
@@ -222,6 +224,7 @@ __all__ = [
     "StoreOptions",
     "StreamTransport",
     "TagNotFound",
+    "TlsChannel",
     "Transport",
     "TransportError",
     "Updated",

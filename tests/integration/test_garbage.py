@@ -1,0 +1,175 @@
+"""Data objects live exactly as long as somebody can read them (behaviours GC-1 to GC-4 and GC-9)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+from scenes import (
+    MiB,
+    kinds,
+    live_inodes,
+    only,
+    pattern,
+    read,
+    read_all,
+    referenced,
+    stored,
+    vid_of_name,
+    volume,
+    wait_stored,
+    write,
+)
+
+from sheepdog.model.ids import data_oid, is_ledger
+from sheepdog.testing.cluster import SheepCluster, wait_until
+
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
+
+COPIES = 2
+
+
+@pytest.fixture(scope="module")
+def formatted(start_cluster: Callable[..., SheepCluster]) -> SheepCluster:
+    return start_cluster(3, driver="local", store="plain", redundancy=str(COPIES))
+
+
+@pytest.fixture
+def cluster(formatted: SheepCluster) -> SheepCluster:
+    """Three nodes, 2 copies, objects of 1 MiB, and nothing stored yet."""
+    formatted.format("-f", "-z", "20")
+    return formatted
+
+
+def chain(cluster: SheepCluster, name: str, objects: int, rounds: int) -> dict[str, bytes]:
+    """A preallocated vdi; in each round a snapshot is taken and object k overwritten. Returns the content behind each
+    tag, and behind "" that of the working vdi."""
+    cluster.dog("vdi", "create", "-P", name, f"{objects}M")
+    content = bytearray(objects * MiB)
+    states = {}
+    for k in range(rounds):
+        states[f"s{k}"] = bytes(content)
+        cluster.dog("vdi", "snapshot", "-s", f"s{k}", name)
+        data = pattern(k, MiB)
+        write(cluster, name, k * MiB, data, node=k % 3)
+        content[k * MiB : (k + 1) * MiB] = data
+    states[""] = bytes(content)
+    return states
+
+
+def check_remaining(cluster: SheepCluster, name: str, states: dict[str, bytes]) -> None:
+    """What is left reads as ever, and exactly what it needs is stored, in the right number of copies."""
+    wait_stored(cluster, dict.fromkeys(referenced(live_inodes(cluster)), COPIES))
+    for tag, content in states.items():
+        assert read_all(cluster, name, tag=tag) == content, f"snapshot {tag!r}"
+
+
+ORDERS = {
+    "oldest first": lambda tags: tags,
+    "newest first": lambda tags: tags[::-1],
+    "random": lambda tags: random.Random(7).sample(tags, len(tags)),
+    "working vdi first": lambda tags: ["", *tags[:-1]],
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_chain_of_snapshots_leaves_nothing(cluster: SheepCluster, order: str) -> None:
+    """GC-1, GC-2, VDI-10: whatever the order of deletion, after each step exactly the objects that nobody can see any
+    more are gone, and after the last one no data and no ledger is left."""
+    states = chain(cluster, "chain", 5, 4)
+    assert kinds(cluster)["data"] == 5 + 4, "one object more in each round"
+    for tag in ORDERS[order]([*states]):
+        del states[tag]
+        cluster.dog("vdi", "delete", *(("-s", tag) if tag else ()), "chain")
+        check_remaining(cluster, "chain", states)
+    assert not states
+    assert not stored(cluster)
+    wait_until(lambda: not stored(cluster, is_ledger), "the ledgers to go")
+
+
+def test_ledgers_appear_for_shared_objects_only(cluster: SheepCluster) -> None:
+    """GC-1: a ledger is stored once one of several references was dropped, and goes with its object."""
+    chain(cluster, "chain", 3, 1)
+    vid = vid_of_name(cluster, "chain", tag="s0")
+    wait_until(lambda: len(stored(cluster, is_ledger)) == 1, "the ledger of the overwritten object")
+    assert {oid & (1 << 59) - 1 for oid in stored(cluster, is_ledger)} == {data_oid(vid, 0)}
+    cluster.dog("vdi", "delete", "-s", "s0", "chain")
+    wait_until(lambda: data_oid(vid, 0) not in stored(cluster), "the object that only the snapshot had")
+    assert set(stored(cluster, only([vid]))) == {data_oid(vid, 1), data_oid(vid, 2)}
+    cluster.dog("vdi", "delete", "chain")
+    wait_until(lambda: not stored(cluster) and not stored(cluster, is_ledger), "everything to go")
+
+
+def test_a_partial_vdi(cluster: SheepCluster) -> None:
+    """GC-3: only object k is written in round k; what later snapshots share survives the deletion of earlier ones."""
+    cluster.dog("vdi", "create", "partial", "4M")
+    content = bytearray(4 * MiB)
+    states = {}
+    for k in range(3):
+        data = pattern(k, MiB)
+        write(cluster, "partial", k * MiB, data)
+        content[k * MiB : (k + 1) * MiB] = data
+        states[f"s{k}"] = bytes(content)
+        cluster.dog("vdi", "snapshot", "-s", f"s{k}", "partial")
+    states[""] = bytes(content)
+    assert kinds(cluster)["data"] == 3
+    for tag in list(states):
+        del states[tag]
+        cluster.dog("vdi", "delete", *(("-s", tag) if tag else ()), "partial")
+        check_remaining(cluster, "partial", states)
+        assert kinds(cluster)["data"] == (3 if states else 0)
+
+
+def test_clones(cluster: SheepCluster) -> None:
+    """GC-4: a snapshot with two clones, each overwriting the same two of four objects; source, snapshot and clones are
+    deleted one after the other, the others stay readable, nothing is left."""
+    cluster.dog("vdi", "create", "-P", "source", "4M")
+    base = pattern(1, 4 * MiB)
+    write(cluster, "source", 0, base)
+    cluster.dog("vdi", "snapshot", "-s", "s", "source")
+    contents = {}
+    for number, name in enumerate(("one", "two")):
+        cluster.dog("vdi", "clone", "-s", "s", "source", name)
+        data = pattern(10 + number, 2 * MiB)
+        write(cluster, name, MiB, data)
+        contents[name] = base[:MiB] + data + base[3 * MiB :]
+    assert kinds(cluster)["data"] == 4 + 2 + 2
+
+    cluster.dog("vdi", "delete", "source")
+    wait_stored(cluster, dict.fromkeys(referenced(live_inodes(cluster)), COPIES))
+    assert kinds(cluster)["data"] == 8
+    assert read_all(cluster, "source", tag="s") == base
+
+    cluster.dog("vdi", "delete", "-s", "s", "source")
+    wait_stored(cluster, dict.fromkeys(referenced(live_inodes(cluster)), COPIES))
+    assert kinds(cluster)["data"] == 2 + 2 + 2, "the clones still share two objects of the snapshot"
+    for name, content in contents.items():
+        assert read_all(cluster, name) == content
+
+    cluster.dog("vdi", "delete", "one")
+    wait_stored(cluster, dict.fromkeys(referenced(live_inodes(cluster)), COPIES))
+    assert kinds(cluster)["data"] == 4
+    assert read_all(cluster, "two") == contents["two"]
+
+    cluster.dog("vdi", "delete", "two")
+    wait_stored(cluster, {})
+    wait_until(lambda: not stored(cluster, is_ledger), "the ledgers to go")
+
+
+def test_discard_of_a_shared_object(cluster: SheepCluster) -> None:
+    """GC-9: a client that discards an object which a snapshot has too gives up only its own reference."""
+    cluster.dog("vdi", "create", "shared", "2M")
+    data = pattern(3, 2 * MiB)
+    write(cluster, "shared", 0, data)
+    cluster.dog("vdi", "snapshot", "-s", "s", "shared")
+    with volume(cluster, "shared") as opened:
+        opened.discard(0, MiB)
+    assert read(cluster, "shared", 0, 2 * MiB) == bytes(MiB) + data[MiB:]
+    assert read_all(cluster, "shared", tag="s") == data
+    assert kinds(cluster)["data"] == 2
+    cluster.dog("vdi", "delete", "-s", "s", "shared")
+    wait_until(lambda: kinds(cluster)["data"] == 1, "the discarded object to go with the snapshot")
+    assert read(cluster, "shared", 0, 2 * MiB) == bytes(MiB) + data[MiB:]
+    cluster.dog("vdi", "delete", "shared")
+    wait_stored(cluster, {})
