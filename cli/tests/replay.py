@@ -160,6 +160,10 @@ class Script:
         ]
 
 
+class Died(Exception):
+    """Raised by an answer: the sheep dies instead."""
+
+
 class Answers:
     """A sheep made of one function: ``answer(opcode, header, data)`` gives (result, body, variant)."""
 
@@ -178,7 +182,10 @@ class Answers:
                 length = int.from_bytes(header[12:16], "little")
                 data = reader.read(length) if header[2] & 1 else b""
                 self.opcodes.append(header[1])
-                result, body, variant = self._answer(header[1], header, data)
+                try:
+                    result, body, variant = self._answer(header[1], header, data)
+                except Died:
+                    return
                 head = header[:4] + (1).to_bytes(4, "little") + header[8:12] + len(body).to_bytes(4, "little")
                 try:
                     stream.sendall(head + result.to_bytes(4, "little") + variant.ljust(28, b"\0") + body)

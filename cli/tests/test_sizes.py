@@ -32,7 +32,9 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "12MB", "ten", "3X", "K", ".", "1 K", " 1", "0x10", "1e3", "1.2.3", "--1", "\u0663"])
+@pytest.mark.parametrize(
+    "text", ["", "12MB", "ten", "3X", "K", ".", "1 K", " 1", "0x10", "1e3", "1.2.3", "--1", "\u0663"]
+)
 def test_bad_sizes(text: str) -> None:
     """Everything else is no size."""
     assert parse_size(text) is None

@@ -26,8 +26,8 @@ same thing again can help. Callers decide by class, never by message::
     │   ├── InvalidParameters, VdiNotFound, TagNotFound, VdiExists, VdiLocked, ReadOnlyObject, Halted
     └── TransportError              a connection cannot be made or broke
 
-Result codes are those of the wire protocol (docs/wire-protocol.md); they are repeated here as plain numbers because this
-module stands below ``sheepdog.wire``. A test keeps the two in step.
+Result codes are those of the wire protocol (docs/wire-protocol.md); they are repeated here as plain numbers because
+this module stands below ``sheepdog.wire``. A test keeps the two in step.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from typing import ClassVar
 class SheepdogError(Exception):
     """Root of the tree."""
 
-    result: ClassVar[int] | int = 0x06  # SYSTEM_ERROR
+    result: int = 0x06  # SYSTEM_ERROR
     exit_code: ClassVar[int] = 1
     retryable: ClassVar[bool] = False
 

@@ -31,6 +31,7 @@ class FakeCluster:
         self.shift = shift
         self.locks = locks
         self.locked: set[int] = set()
+        self.moved_locks: dict[int, int] = {}  # a snapshot -> the working VDI that its lock went to
         self.shared: set[int] = set()  # data objects that a snapshot names
         self.log: list[tuple] = []
         self.faults: list[tuple] = []  # (kind, result) of the next request of that kind
@@ -166,6 +167,8 @@ class FakeCluster:
         return vid, copies, shift
 
     async def release(self, vid):
+        while vid not in self.locked and vid in self.moved_locks:
+            vid = self.moved_locks.pop(vid)
         self.locked.discard(vid)
 
     async def list_vdis(self):
@@ -210,6 +213,27 @@ class FakeCluster:
             self.put_header(old, tag=tag.encode(), snap_ctime=1)
             new = self.create_vdi(name, header.vdi_size, snap_id=header.snap_id + 1, parent=old)
             self.objects[inode_oid(new)][MAP_OFFSET:SHORT_INODE_BYTES] = self.objects[inode_oid(old)][
+                MAP_OFFSET:SHORT_INODE_BYTES
+            ]
+            if old in self.locked:
+                self.locked.remove(old)
+                self.locked.add(new)
+                self.moved_locks[old] = new
+            return new
+
+    async def rollback_vdi(self, name, tag):
+        """As dog does it: the working VDI is deleted, and the name made anew from a snapshot."""
+        async with self._section:
+            old = self.working(name)
+            for index, owner in self.stored_map(old).items():
+                if owner == old:
+                    self.objects.pop(owner << 32 | index)
+            base = next(vid for vid, header in self._headers() if header.tag == tag.encode())
+            header = self.header(old)
+            self.put_header(old, name=b"", vdi_size=0)
+            self.objects[inode_oid(old)][MAP_OFFSET:SHORT_INODE_BYTES] = bytes(SHORT_INODE_BYTES - MAP_OFFSET)
+            new = self.create_vdi(name, header.vdi_size, snap_id=header.snap_id + 1, parent=base)
+            self.objects[inode_oid(new)][MAP_OFFSET:SHORT_INODE_BYTES] = self.objects[inode_oid(base)][
                 MAP_OFFSET:SHORT_INODE_BYTES
             ]
             return new

@@ -344,6 +344,26 @@ async def test_lock_follows_a_snapshot(make_cluster):
     assert cluster.locked == set()
 
 
+async def test_open_volume_follows_a_rollback(make_cluster):
+    """After dog's rollback requests go to the volume of that name, with the snapshot's content, under a new lock."""
+    cluster, volumes = make_cluster(locks=True)
+    cluster.create_vdi("disk", 8 * MiB)
+    volume = await volumes.open("disk")
+    await write(volume, 0, b"old")
+    await cluster.snapshot_vdi("disk", "s")
+    await write(volume, 0, b"new")
+
+    new = await cluster.rollback_vdi("disk", "s")
+    assert await read(volume, 0, 3) == b"old"
+    await write(volume, 3, b"er")
+    await anyio.wait_all_tasks_blocked()
+
+    assert cluster.locked == {new}
+    assert cluster.content("disk")[:6] == b"older\0"
+    await volume.aclose()
+    assert cluster.locked == set()
+
+
 async def test_failed_open_releases_the_lock(make_cluster):
     """A volume whose map cannot be read is not left locked."""
     cluster, volumes = make_cluster(locks=True)

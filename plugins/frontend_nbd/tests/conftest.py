@@ -100,8 +100,13 @@ class Wire:
         self.connection = Connection(self.channel, self.ended.append)
         self.tasks = []
         Negotiation(
-            self.connection, volumes, self.tasks.append, read_only=read_only, start_tls=start_tls, tls_missing=tls_missing
-        )  # fmt: skip
+            self.connection,
+            volumes,
+            self.tasks.append,
+            read_only=read_only,
+            start_tls=start_tls,
+            tls_missing=tls_missing,
+        )
 
     async def settle(self):
         while self.tasks:

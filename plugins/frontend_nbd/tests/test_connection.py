@@ -220,7 +220,10 @@ async def test_meta_contexts(make_wire):
     wire.channel.taken()
 
     answers = []
-    for code, queries in ((9, []), (9, [b"base:"]), (9, [b"qemu:x"]), (10, [b"base:allocation", b"x:y"]), (10, [b"x:y"])):
+    listing, choosing = 9, 10
+    asked = [(listing, []), (listing, [b"base:"]), (listing, [b"qemu:x"])]
+    asked += [(choosing, [b"base:allocation", b"x:y"]), (choosing, [b"x:y"])]
+    for code, queries in asked:
         wire.option(code, string(b"disk") + struct.pack(">I", len(queries)) + b"".join(map(string, queries)))
         await wire.settle()
         answers.append([kind for _, kind, _ in replies(wire.channel.taken())])
@@ -324,7 +327,8 @@ async def test_requests_that_make_no_sense(make_wire, command, offset, length, f
     wire = make_wire()
     await wire.go()
 
-    assert wire.errno(command, offset, length, flags=flags, payload=b"xy"[:length] if command == WRITE else b"") == errno
+    payload = b"xy"[:length] if command == WRITE else b""
+    assert wire.errno(command, offset, length, flags=flags, payload=payload) == errno
     assert wire.errno(FLUSH) == 0
 
 

@@ -35,7 +35,8 @@ class _NbdKit(FrontEndKit):
     bad_options = (
         "nonsense", "127.0.0.1:port", "127.0.0.1:70000", "unix:", "::1:10809",
         "127.0.0.1:0,color=blue", "127.0.0.1:0,max-connections=0", "127.0.0.1:0,max-connections=many",
-        "127.0.0.1:0,read-only=yes", "127.0.0.1:0,tls=require", "127.0.0.1:0,tls=maybe", "127.0.0.1:0,tls-cert=/nowhere",
+        "127.0.0.1:0,read-only=yes", "127.0.0.1:0,tls=require", "127.0.0.1:0,tls=maybe",
+        "127.0.0.1:0,tls-cert=/nowhere",
         "127.0.0.1:0,tls-cert=/nowhere,tls-key=/nowhere", "127.0.0.1:0,tls-ca=/nowhere",
         "127.0.0.1:0,read-only,read-only",
     )  # fmt: skip

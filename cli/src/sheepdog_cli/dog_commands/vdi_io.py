@@ -11,7 +11,7 @@ from sheepdog_cli.dog_commands.common import complain_object, open_inode, volume
 from sheepdog_cli.session import EXIT_FAILURE, EXIT_SYSTEM, Session, fail
 from sheepdog_cli.values import NO_SELECTOR
 
-READ_BYTES_MAX = 4 << 20  # one request of ours; larger objects are moved in several
+REQUEST_BYTES_MAX = 4 << 20  # larger objects are moved in several requests
 
 
 def run(session: Session) -> None:
@@ -36,7 +36,7 @@ def _read(session: Session) -> None:
     length = disk.size - offset if length is None else min(length, disk.size - offset)
     sys.stdout.flush()
     out = sys.stdout.buffer
-    zeros = memoryview(bytes(min(inode.object_bytes, READ_BYTES_MAX)))
+    zeros = memoryview(bytes(min(inode.object_bytes, REQUEST_BYTES_MAX)))
     for piece in volume.split(offset, length, inode.object_bytes):
         for part in _parts(piece):
             try:
@@ -57,8 +57,8 @@ def _read(session: Session) -> None:
 
 def _parts(piece: volume.Piece) -> list[volume.Piece]:
     return [
-        volume.Piece(piece.object_index, piece.offset + start, min(READ_BYTES_MAX, piece.length - start))
-        for start in range(0, piece.length, READ_BYTES_MAX)
+        volume.Piece(piece.object_index, piece.offset + start, min(REQUEST_BYTES_MAX, piece.length - start))
+        for start in range(0, piece.length, REQUEST_BYTES_MAX)
     ]
 
 
@@ -69,23 +69,33 @@ def _write(session: Session) -> None:
     if offset > disk.size:
         fail("Write offset is beyond the end of the VDI", EXIT_FAILURE)
     length = disk.size - offset if length is None else min(length, disk.size - offset)
-    source = sys.stdin.buffer
     for piece in volume.split(offset, length, inode.object_bytes):
-        data = bytearray(piece.length)
-        try:
-            filled = _fill(source, memoryview(data))
-        except OSError as error:
-            fail(f"Failed to read from stdin: {os.strerror(error.errno or 0)}", EXIT_SYSTEM)
-        if not filled:
+        if not _write_piece(disk, piece):
             return
-        # A short last piece is padded with zeros to its end.
+
+
+def _write_piece(disk: volume.Volume, piece: volume.Piece) -> bool:
+    """The range has what stdin gave, zeros behind its end. False when stdin ended."""
+    was_hole = not disk.inode.map.get(piece.object_index)
+    ended = False
+    for number, part in enumerate(_parts(piece)):
+        data = bytearray(part.length)
+        if not ended:
+            try:
+                filled = _fill(sys.stdin.buffer, memoryview(data))
+            except OSError as error:
+                fail(f"Failed to read from stdin: {os.strerror(error.errno or 0)}", EXIT_SYSTEM)
+            ended = filled < part.length
+            if not filled and (number == 0 or was_hole):
+                return False
+        elif was_hole:
+            return False  # what we made reads as zeros already
         try:
-            disk.write_piece(piece, data)
+            disk.write_piece(part, data)
         except (RequestError, TransportError) as error:
             complain_object(error)
             fail("Failed to write VDI", EXIT_FAILURE)
-        if filled < piece.length:
-            return
+    return not ended
 
 
 def _fill(source: object, view: memoryview) -> int:

@@ -223,6 +223,7 @@ class NbdClient:
 
     def _option(self, option: int, data: bytes = b"", *, optional: bool = False) -> list[tuple[int, bytes]] | None:
         """The replies before the acknowledgement; ``None`` if an optional one is refused."""
+        assert self.info is None, "options come before the export is chosen"
         self._send(_OPTION.pack(_IHAVEOPT, option, len(data)) + data)
         replies: list[tuple[int, bytes]] = []
         while True:

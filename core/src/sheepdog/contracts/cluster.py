@@ -3,8 +3,8 @@
 A driver gives membership and one totally ordered broadcast, nothing more; core derives admission, epochs, exclusive
 sections and locks from them.
 
-Ordering, the same for all members: everybody sees the same ``Joined``, ``Left``, ``Delivered`` and ``Updated`` in the same
-order. A member's first event is its own ``Joined``. A sender receives its own broadcasts. Nothing from a node follows
+Ordering, the same for all members: everybody sees the same ``Joined``, ``Left``, ``Delivered`` and ``Updated`` in the
+same order. A member's first event is its own ``Joined``. A sender receives its own broadcasts. Nothing from a node follows
 its ``Left``. A dead member's ``Left`` appears within ``ClusterDriver.detection_s``. There is exactly one ``Left`` per
 death, and a node that comes back under the same identity is seen to leave before it is seen to join again.
 """

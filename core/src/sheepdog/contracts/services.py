@@ -110,7 +110,7 @@ class Volumes(Protocol):
 
 
 async def completed(start: Callable[[Done], None]) -> Any:  # Any: whatever the operation hands to done
-    """Turns one callback operation into an await: ``data = await completed(lambda done: volume.read(0, 512, done))``."""
+    """Turns a callback operation into an await: ``data = await completed(lambda done: volume.read(0, 512, done))``."""
     import anyio
 
     event = anyio.Event()

@@ -139,10 +139,15 @@ class Admin:
         state.store_name = messages.text(fields, "store")
         state.recovery_disabled = False
         backend.recovery.reset()
-        await self._membership.log.forget(0)
-        if not self._membership.gateway:
-            await backend.switch(state.store_name)
-        await self._membership.formatted(messages.integer(fields, "time"))
+        try:
+            await self._membership.log.forget(0)
+            if not self._membership.gateway:
+                await backend.switch(state.store_name)
+            await self._membership.formatted(messages.integer(fields, "time"))
+        except Exception:
+            # The others are a new cluster now, which this sheep cannot take part in with half-formatted disks.
+            self._lifecycle.stop(1, "format failed on this sheep")
+            raise
         logger.info("formatted: store=%s copies=%d policy=0x%02x", state.store_name, state.copies, state.copy_policy)
 
     # ---- end

@@ -44,7 +44,8 @@ class Barrier:
             for node in self._membership.other_members():
                 tasks.start_soon(self._wait_for, node, position, drain_vid)
             if drain_vid:
-                await self._gateway.drain(drain_vid)
+                with anyio.move_on_after(PATIENCE_S):
+                    await self._gateway.drain(drain_vid)
         if not self._membership.admitted:
             raise ClusterUnavailable("this sheep left the cluster while it waited for the others")
 

@@ -6,6 +6,7 @@ members (``stamp``), so that every sheep tells the same history.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -22,6 +23,8 @@ from sheepdog.wire.header import Request
 from sheepdog.wire.opcodes import SHEEP_PROTO_VER, Op
 from sheepdog.wire.results import Result
 
+logger = logging.getLogger(__name__)
+
 RECORD_BYTES_MAX = NODES_MAX * NODE_BYTES + 8
 STAMPED_EPOCHS = 4  # how many of the newest epochs the oldest member states the time of
 
@@ -33,6 +36,7 @@ class EpochLog:
         self.own_ctime = 0  # of the cluster that this sheep's disks belong to, 0 for none
         self.own_epoch = 0  # the newest epoch that this sheep took part in
         self.clean = False  # the last run ended in an orderly shutdown
+        self._doubtful = 0  # logged epochs up to this one may be of a history that a forced recovery cut off
         self._times: dict[int, int] = {}
         self._state = state
         self._backend = backend
@@ -101,6 +105,7 @@ class EpochLog:
         """No epoch above ``after`` is logged."""
         storedir = self._backend.storedir
         await self._backend.executor.run(partial(storedir.remove_epochs, after))
+        self._doubtful = min(self.own_epoch, after)
         self._times = {epoch: time for epoch, time in self._times.items() if epoch <= after}
 
     # ---- times
@@ -144,6 +149,7 @@ class EpochLog:
         """
         state, storedir = self._state, self._backend.storedir
         ctime = state.ctime
+        await self._compare(members)
         known = set(await self._backend.executor.run(storedir.epochs))
         for epoch in range(state.epoch, 0, -1):
             if epoch in known:
@@ -153,6 +159,20 @@ class EpochLog:
                 return  # formatted meanwhile: these epochs are history of another cluster
             if record is not None:
                 await self._backend.executor.run(partial(storedir.write_epoch, epoch, record))
+
+    async def _compare(self, members: Sequence[NodeId]) -> None:
+        """Logged epochs that other members tell differently are replaced, down to the first that is the same."""
+        storedir = self._backend.storedir
+        while self._doubtful and members:
+            epoch = self._doubtful
+            ours = await self._backend.executor.run(partial(storedir.read_epoch, epoch))
+            theirs = await self._fetch(members, epoch)
+            if ours is None or theirs is None or ours.nodes == theirs.nodes:
+                self._doubtful = 0
+                return
+            logger.warning("epoch=%d was logged in a history that the cluster does not share, replacing it", epoch)
+            await self._backend.executor.run(partial(storedir.write_epoch, epoch, theirs))
+            self._doubtful = epoch - 1
 
     async def ring(self, epoch: int, members: Sequence[NodeId]) -> Ring | None:
         """The ring of an epoch as it was logged here or at a member; ``None`` when nobody knows it."""

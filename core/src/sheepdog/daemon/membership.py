@@ -402,12 +402,15 @@ class Membership(SessionKeeper):
         """We were welcomed: the state of the others becomes ours."""
 
         def candidates() -> list[NodeId]:
-            others = sorted(node for node in self._present if node not in self._members)
-            return [node for node in (sender, *others) if node in self._present and node != self.state.me.id]
+            # Only who was there before us can have what was frozen for us.
+            return sorted(self._older, key=lambda node: node != sender)
 
         data = await fetch(self._peers, self._nonce, candidates)
         if data is None:
-            return  # everybody who knew it is gone: their Left events are queued, and the last makes us the oldest
+            # Everybody who had it is gone. Younger members may have a newer state, and take us for the oldest.
+            logger.warning("nobody is left who could hand over the state")
+            self._give_up = True
+            return
         transfer = Transfer.unpack(data)
         state = self.state
         state.ctime, state.flags = transfer.ctime, transfer.flags
@@ -427,8 +430,9 @@ class Membership(SessionKeeper):
         for name, (_, restore) in self._extras.items():
             restore(transfer.extras.get(name))
         if transfer.status is ClusterStatus.OK:
-            await self._start_serving(transfer.before_nodes)
-            await self.log.write(transfer.epoch, transfer.epoch_nodes, self.log.time(transfer.epoch))
+            await self._start_serving(transfer.before_nodes, transfer.epoch)
+            time = transfer.epoch_time or self.log.time(transfer.epoch)
+            await self.log.write(transfer.epoch, transfer.epoch_nodes, time)
         ring = self._ring()
         state.install(
             status=transfer.status, epoch=transfer.epoch, members=tuple(m.node for m in self.members()), ring=ring
@@ -509,7 +513,7 @@ class Membership(SessionKeeper):
         state = self.state
         before = self.epoch_nodes
         old_ring = state.ring if state.status is ClusterStatus.OK else Ring(before)
-        await self._start_serving(before)
+        await self._start_serving(before, state.epoch)
         ring = self._ring()
         epoch = state.epoch + 1
         self.epoch_nodes = ring.nodes
@@ -527,7 +531,7 @@ class Membership(SessionKeeper):
     async def _resume(self) -> None:
         """Exactly the members of the newest epoch are back: the cluster runs in that epoch."""
         state = self.state
-        await self._start_serving(self.epoch_nodes)
+        await self._start_serving(self.epoch_nodes, state.epoch)
         ring = self._ring()
         state.install(status=ClusterStatus.OK, members=tuple(member.node for member in self.members()), ring=ring)
         logger.info("epoch=%d goes on, members=%d", state.epoch, len(ring.nodes))
@@ -549,10 +553,11 @@ class Membership(SessionKeeper):
             status=ClusterStatus.OK, epoch=1, members=tuple(member.node for member in self.members()), ring=ring
         )
 
-    async def _start_serving(self, before: tuple[Node, ...]) -> None:
+    async def _start_serving(self, before: tuple[Node, ...], epoch: int) -> None:
         """The disks of this sheep are fit for the running cluster; done once per membership.
 
         :param before: the members of the epoch whose data is valid.
+        :param epoch: the newest epoch of the cluster.
         """
         if self._serving:
             return
@@ -561,7 +566,7 @@ class Membership(SessionKeeper):
             if self.log.own_epoch and all(node.id != state.me.id for node in before):
                 # We missed an epoch: whatever we hold may be outdated, but others may need it.
                 await backend.recovery.retire_all(self.log.own_epoch)
-            await self.log.forget(state.epoch)
+            await self.log.forget(epoch)
         else:
             await self.log.forget(0)
             if not self.gateway:

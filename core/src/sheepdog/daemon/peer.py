@@ -22,7 +22,7 @@ from sheepdog.daemon.shards import Shards
 from sheepdog.daemon.state import SheepState
 from sheepdog.daemon.stats import Stats
 from sheepdog.daemon.unsettled import Unsettled
-from sheepdog.model.ids import is_sparse
+from sheepdog.model.ids import always_replicated, is_sparse, vid_of
 from sheepdog.model.inode import SHORT_INODE_BYTES
 from sheepdog.wire.extensions import (
     FORWARD_CREATE,
@@ -227,9 +227,14 @@ class ObjectOperations:
             connection.reply(request, Result.NO_OBJ)
         return self._shards
 
-    @staticmethod
-    def _key(request: Request) -> ShardKey:
-        return ShardKey(request.oid, request.ec_index if request.copy_policy else REPLICA)
+    def _key(self, request: Request) -> ShardKey:
+        oid = request.oid
+        policy = request.copy_policy
+        if not policy and not always_replicated(oid):
+            # dog does not say the policy; what is known of the volume tells whether the object is stored in strips.
+            known = self._state.vdis.scheme_of(vid_of(oid))
+            policy = known[1] if known is not None else 0
+        return ShardKey(oid, request.ec_index if policy else REPLICA)
 
     def _read_peer(self, connection: ClientConnection, request: Request) -> None:
         shards = self._local(connection, request)

@@ -28,7 +28,7 @@ from sheepdog.daemon.placement import Placement, Placer
 from sheepdog.daemon.shards import Shards
 from sheepdog.daemon.state import SheepState
 from sheepdog.errors import ObjectNotFound, RequestError, SheepdogError, TransportError
-from sheepdog.model.ids import index_of, inode_oid, is_data, is_sparse, vid_of
+from sheepdog.model.ids import index_of, inode_oid, is_data, is_ledger, is_sparse, vid_of
 from sheepdog.model.inode import MAP_OFFSET
 from sheepdog.model.node import NodeId
 from sheepdog.model.ring import Ring
@@ -48,6 +48,7 @@ LIST_BYTES_MAX = 64 << 20
 RETRY_S = 0.5
 LIST_RETRY_S = 0.05
 PIECE_BYTES = 4 << 20
+STORE_POLICY_OFFSET = 553  # in the inode; not 0 for a hyper volume
 
 Fetched: TypeAlias = Callable[[int], None]
 RingOf: TypeAlias = Callable[[int], Awaitable[Ring | None]]  # of an epoch; None when nobody knows it
@@ -241,6 +242,8 @@ class Recovery:
         placement = self._placer.placement(key.oid)
         if key.index != REPLICA and placement.scheme.identical:
             key = ShardKey(key.oid)
+        if is_data(key.oid) and self._deleted(vid_of(key.oid)) and not await self._referenced(key.oid):
+            return Result.NO_OBJ
         content = await self._find(key, epoch, placement)
         if content is None and key.index != REPLICA:
             content = await self._rebuild(key, epoch, placement)
@@ -361,24 +364,45 @@ class Recovery:
                 return await self._executor.run(lambda: scheme.rebuild(key.index, parts))
         return None
 
+    def _deleted(self, vid: int) -> bool:
+        state = self._state.vdis.get(vid)
+        return state is not None and state.deleted
+
+    def _heirs(self, vid: int) -> list[int]:
+        """The live volumes that may name data objects of ``vid``: itself and what descends from it."""
+        states = {state.vid: state for state in self._state.vdis.states()}
+        found = []
+        for state in states.values():
+            if state.deleted:
+                continue
+            ancestor = state.vid
+            while ancestor != vid and ancestor in states and states[ancestor].parent_vid:
+                ancestor = states[ancestor].parent_vid
+            # Where the line breaks off, relationship cannot be ruled out.
+            if ancestor == vid or ancestor not in states:
+                found.append(state.vid)
+        return found
+
     async def _referenced(self, oid: int) -> bool:
         """Whether any live volume names this object; old copies of what was given up must not come back."""
         if not is_data(oid):
-            state = self._state.vdis.get(vid_of(oid))
-            return state is not None and not state.deleted
+            return not self._deleted(vid_of(oid)) and self._state.vdis.get(vid_of(oid)) is not None
         if self.gateway is None:
             return False
-        offset = MAP_OFFSET + 4 * index_of(oid)
-        for volume in self._state.vdis.states():
-            if volume.deleted:
-                continue
+        for heir in self._heirs(vid_of(oid)):
             try:
-                entry = await self._read_object(inode_oid(volume.vid), offset, 4)
+                if await self._names(heir, oid):
+                    return True
             except SheepdogError:
                 return True  # cannot be ruled out
-            if int.from_bytes(entry, "little") == vid_of(oid):
-                return True
         return False
+
+    async def _names(self, volume: int, oid: int) -> bool:
+        """Whether the map of ``volume`` has this object; always of a hyper volume, whose tree is not searched."""
+        if any(await self._read_object(inode_oid(volume), STORE_POLICY_OFFSET, 1)):
+            return True
+        entry = await self._read_object(inode_oid(volume), MAP_OFFSET + 4 * index_of(oid), 4)
+        return int.from_bytes(entry, "little") == vid_of(oid)
 
     async def _read_object(self, oid: int, offset: int, length: int) -> Buffer:
         assert self.gateway is not None
@@ -489,10 +513,18 @@ class Recovery:
             for oid in oids:
                 wanted[oid] = None
         todo: dict[ShardKey, None] = {}
+        heirless: dict[int, bool] = {}
         for oid in sorted(wanted):
             placement = self._placer.placement(oid)
             if not placement.local:
                 continue
+            if is_data(oid) or is_ledger(oid):
+                # A node that was away while a volume was deleted still has its objects: nobody wants them back.
+                vid = vid_of(oid)
+                if vid not in heirless:
+                    heirless[vid] = self._deleted(vid) and not self._heirs(vid)
+                if heirless[vid]:
+                    continue
             key = ShardKey(oid, REPLICA if placement.scheme.identical else placement.index)
             if key not in here:
                 todo[key] = None

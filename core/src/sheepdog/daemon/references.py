@@ -154,7 +154,8 @@ class References:
                 return
             if worst or not drops:
                 done(worst)
-            elif self._drop_first():
+            elif self._drop_first() or any(not lost.generation and not lost.count for lost in drops):
+                # A private object is removed before the answer: its owner may create it again right afterwards.
                 self._drop_then(drops, lambda: done(0))
             else:
                 done(0)

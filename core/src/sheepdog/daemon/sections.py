@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import anyio
 
 from sheepdog.daemon import messages
-from sheepdog.errors import ClusterUnavailable, ProtocolError, SessionLost
+from sheepdog.errors import ClusterUnavailable, ProtocolError, RequestError, SessionLost
 from sheepdog.model.node import NodeId
 
 logger = logging.getLogger(__name__)
@@ -213,10 +213,11 @@ class Sections:
             else:
                 try:
                     result = await applier(arguments, sender)
+                except (RequestError, ProtocolError) as refusal:
+                    error = refusal  # by every member alike
                 except Exception as failure:
                     error = failure
-                    if waiter is None:
-                        logger.debug("change %s of node=%s failed here: %s", name, sender.text, failure)
+                    logger.error("change %s of node=%s failed here", name, sender.text, exc_info=failure)
             if claim.token and messages.integer(fields, "r"):
                 self._drop(claim)
         if waiter is not None:

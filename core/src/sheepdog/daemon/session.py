@@ -13,7 +13,7 @@ from collections import deque
 import anyio
 from anyio.abc import TaskGroup
 
-from sheepdog.contracts.cluster import ClusterDriver, ClusterSession, Delivered, Event
+from sheepdog.contracts.cluster import ClusterDriver, ClusterSession, Event, Joined, Left
 from sheepdog.daemon import messages
 from sheepdog.daemon.state import SheepState
 from sheepdog.errors import ClusterUnavailable, JoinRefused, SessionLost
@@ -40,10 +40,11 @@ class SessionKeeper(ABC):
         self._session: ClusterSession | None = None
         self._tasks: TaskGroup | None = None
         self._queue: deque[Event] = deque()
-        self._present: frozenset[NodeId] = frozenset()  # of the newest view received, maybe not handled yet
+        self._older: list[NodeId] = []  # members that were there before us and have not left, maybe not handled yet
         self._arrived = anyio.Event()
         self._progress = anyio.Event()
         self._refusal: str | None = None
+        self._give_up = False  # this session leads nowhere: leave and join again
 
     # ---- of the subclass
 
@@ -56,7 +57,7 @@ class SessionKeeper(ABC):
 
     @abstractmethod
     async def _handle(self, event: Event) -> None:
-        """The event's effect stands. Sets ``_refusal`` to end the membership."""
+        """The event's effect stands. Sets ``_refusal`` to end the membership, ``_give_up`` to join anew."""
 
     @abstractmethod
     def _ended(self) -> None:
@@ -91,15 +92,16 @@ class SessionKeeper(ABC):
                 joined = True
             finally:
                 self._session = None
-                self._present = frozenset()
+                self._older = []
                 self._stop_serving()
                 self._ended()
                 self._tick()
+            self._give_up = False
             if self._refusal is not None:
                 raise JoinRefused(self._refusal)
             if self.state.status in (ClusterStatus.SHUTDOWN, ClusterStatus.KILLED):
                 return
-            logger.warning("the session with the cluster was lost, joining again")
+            logger.warning("the session with the cluster ended, joining again")
             await anyio.sleep(REJOIN_S)
 
     async def _serve(self, session: ClusterSession, more: list[bytes]) -> None:
@@ -117,8 +119,10 @@ class SessionKeeper(ABC):
     async def _read(self, session: ClusterSession, scope: anyio.CancelScope) -> None:
         try:
             async for event in session.events():
-                if not isinstance(event, Delivered):
-                    self._present = frozenset(node.id for node in event.view)
+                if isinstance(event, Joined) and event.node.id == self.state.me.id:
+                    self._older = [node.id for node in event.view if node.id != event.node.id]
+                elif isinstance(event, Left) and event.node.id in self._older:
+                    self._older.remove(event.node.id)
                 self._queue.append(event)
                 self._arrived.set()
         except SessionLost:
@@ -132,7 +136,7 @@ class SessionKeeper(ABC):
             self.state.install(status=ClusterStatus.WAIT)
 
     async def _process(self, scope: anyio.CancelScope) -> None:
-        while self._refusal is None:
+        while self._refusal is None and not self._give_up:
             while not self._queue:
                 self._arrived = anyio.Event()
                 await self._arrived.wait()

@@ -30,7 +30,7 @@ import anyio
 from sheepdog.contracts.services import Buffer, Done
 from sheepdog.daemon.volume_map import FlatMap, Sparse, TreeMap, load_map
 from sheepdog.daemon.volumes_io import ObjectIO, VdiControl, error_of, read_object
-from sheepdog.errors import InvalidParameters, SheepdogError, VdiNotFound
+from sheepdog.errors import InvalidParameters, SheepdogError, VdiLocked, VdiNotFound
 from sheepdog.model.ids import inode_oid
 from sheepdog.model.inode import FIELDS_BYTES, MAP_ENTRIES, InodeHeader
 from sheepdog.wire.results import Result
@@ -273,11 +273,11 @@ class Head:
             if not look_up and not self.snapshot:
                 look_up = (await read_header(self.io, self.vid)).is_snapshot
             vid = self.vid
+            relocked = False
             if look_up and not self.snapshot:
                 vid, _, _ = await self._control.lookup(self.name, b"", 0)
                 if vid != self.vid and self.locked:
-                    # A lock belongs to the number. Whoever took that of the new number first is the owner now.
-                    vid, _, _ = await self._control.lock(self.name)
+                    vid, relocked = await self._lock_again(vid)
             self._touched = {}
             try:
                 header = await read_header(self.io, vid)
@@ -291,7 +291,7 @@ class Head:
                 self._touched = None
         if vid != old:
             logger.info("volume %s goes on as vid=%x after vid=%x became a snapshot", self.label, vid, old)
-            if self.locked:
+            if relocked:
                 self._spawn(self._release_lock, old)
 
     def _merged(self, loaded: FlatMap | TreeMap, touched: Mapping[int, int]) -> FlatMap | TreeMap:
@@ -306,6 +306,18 @@ class Head:
         for index, owner in touched.items():
             owners[index] = owner
         return loaded
+
+    async def _lock_again(self, vid: int) -> tuple[int, bool]:
+        """(vid, whether it had to be locked): the working volume has another number than the one that was locked.
+
+        A snapshot takes the lock along, and then it is ours already. Where the volume was deleted and made anew (dog's
+        rollback) it is free.
+        """
+        try:
+            vid, _, _ = await self._control.lock(self.name)
+        except VdiLocked:
+            return vid, False
+        return vid, True
 
     async def _release_lock(self, vid: int) -> None:
         try:

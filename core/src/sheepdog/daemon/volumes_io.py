@@ -64,6 +64,8 @@ class VdiControl(Protocol):
     async def lock(self, name: bytes) -> tuple[int, int, int]:
         """As ``lookup`` of the working VDI, which is locked for this sheep now (in clusters formatted with locks).
 
+        The lock follows the working VDI when a snapshot gives it a new number; ``release`` of either number ends it.
+
         :raises VdiLocked: it is locked already.
         """
 

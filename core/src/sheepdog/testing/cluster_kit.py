@@ -121,7 +121,7 @@ class ClusterKit:
     @pytest.fixture
     def cluster_factory(self) -> ClusterFactory:
         """Makes clusters that share nothing with each other. Supplied by the subclass."""
-        raise NotImplementedError("a subclass of ClusterKit supplies the fixture cluster_factory")
+        raise AssertionError("a subclass of ClusterKit supplies the fixture cluster_factory")
 
     # -- joining ------------------------------------------------------------------------------------------------
 

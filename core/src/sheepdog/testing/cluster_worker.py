@@ -77,14 +77,14 @@ class KitMember(ABC):
 
     async def kill(self) -> None:
         """It died without a word; nothing of it runs any more."""
-        raise NotImplementedError("this member cannot be killed")
+        raise AssertionError("this member cannot be killed")
 
     async def pause(self) -> None:
         """Nothing of it runs until ``resume``."""
-        raise NotImplementedError("this member cannot be paused")
+        raise AssertionError("this member cannot be paused")
 
     async def resume(self) -> None:
-        raise NotImplementedError("this member cannot be paused")
+        raise AssertionError("this member cannot be paused")
 
 
 class SessionMember(KitMember):

@@ -1,7 +1,7 @@
 """Conformance kit of the front end contract.
 
-A plugin's test file subclasses ``FrontEndKit`` and says how its front end is made and how a client of its protocol uses a
-volume; it inherits a check for each sentence of the contract::
+A plugin's test file subclasses ``FrontEndKit`` and says how its front end is made and how a client of its protocol uses
+a volume; it inherits a check for each sentence of the contract::
 
     class TestMine(FrontEndKit):
         bad_options = ("nonsense", "127.0.0.1:0,color=blue")
@@ -243,7 +243,7 @@ class FrontEndKit(ABC):
                     stream = await connect(addresses[0])
                     try:
                         await stream.send(data)
-                        await stream.send_eof()  # type: ignore[attr-defined]  # sockets have it
+                        await stream.send_eof()
                         await drained(stream)
                     except (anyio.BrokenResourceError, OSError):
                         pass  # closed already

@@ -139,7 +139,9 @@ def driver_specs(kind: str, count: int, base: Path, stack: ExitStack) -> list[st
     if kind == "etcd":
         return [f"etcd:{start_etcd(base, stack)}/sheepdog,ttl=2"] * count
     if kind == "raft":
-        ports = free_ports(count)
-        members = ",".join(f"{HOST}:{port}" for port in ports)
-        return [f"raft:{HOST}:{port},{members}" for port in ports]
+        # an odd number of voters; where two would lose the quorum with either, there is one
+        voters = [f"{HOST}:{port}" for port in free_ports(1 if count < 3 else 3 if count < 5 else 5)]
+        spec = f"raft:{','.join(voters)}"
+        own = [f",self={voter},dir={base / f'raft{number}'}" for number, voter in enumerate(voters)]
+        return [f"{spec}{own[index] if index < len(own) else ''},timeout=2000" for index in range(count)]
     raise ValueError(f"no way is known to run a cluster on driver {kind!r}")

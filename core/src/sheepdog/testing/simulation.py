@@ -558,10 +558,18 @@ class SimulatedClient:
             self._connection = made[0]
             return self._connection
 
-    def move(self) -> None:
-        """The next request goes to a sheep chosen anew, as after a migration. No effect with requests in flight."""
-        if self._connection is not None and not self._connection.waiting:
-            self._connection.channel.close()
+    def move(self, *, abruptly: bool = False) -> None:
+        """The next request goes to a sheep chosen anew, as after a migration. No effect with requests in flight.
+
+        :param abruptly: the connection breaks, and what is in flight is sent again through another sheep.
+        """
+        connection = self._connection
+        if connection is None:
+            return
+        if abruptly:
+            connection.channel.abort()
+        elif not connection.waiting:
+            connection.channel.close()
             self._connection = None
 
     # ---- volumes

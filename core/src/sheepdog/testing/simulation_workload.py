@@ -50,6 +50,7 @@ class Workload:
     Objects are created by the guest that first writes to them, then their map entry is written, as block drivers do.
 
     :param rate: requests per virtual second of each of a guest's ``LANES``.
+    :param abrupt: guests that change to another sheep do so with requests in flight.
     """
 
     def __init__(
@@ -61,12 +62,14 @@ class Workload:
         blocks: int = 24,
         shift: int = 20,
         rate: float = 8.0,
+        abrupt: bool = False,
     ) -> None:
         self.simulation = simulation
         self.random = simulation.fork_random()
         self.objects = objects
         self.shift = shift
         self.rate = rate
+        self.abrupt = abrupt
         self.vid = 0
         self.copies = 0
         self.done = False
@@ -122,7 +125,7 @@ class Workload:
             else:
                 await self._read(client, rng.choice(self._blocks))
             if rng.random() < 0.01:
-                client.move()
+                client.move(abruptly=self.abrupt)
 
     async def _write(self, client: SimulatedClient, block: _Block) -> None:
         value = self._next_value

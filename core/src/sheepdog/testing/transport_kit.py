@@ -163,7 +163,7 @@ class TransportKit:
 
     @pytest.fixture
     async def transport(self, anyio_backend: object) -> Transport:
-        raise NotImplementedError("a subclass of the kit supplies the fixture 'transport'")
+        raise AssertionError("a subclass of the kit supplies the fixture 'transport'")
 
     @pytest.fixture
     def listen_address(self) -> Address:

@@ -206,8 +206,10 @@ def unpack_archive(path: Path, target: Path) -> None:
     """
     prefix = "SCHILY.xattr."
     with tarfile.open(path) as archive:
+        if hasattr(tarfile, "data_filter"):  # since 3.11.4; Debian 12 has 3.11.2
+            archive.extraction_filter = tarfile.data_filter
         for member in archive:
-            archive.extract(member, target, filter="data")
+            archive.extract(member, target)
             for key, value in member.pax_headers.items():
                 if key.startswith(prefix + "user."):
                     raw = value.encode("utf-8", "surrogateescape")

@@ -123,10 +123,11 @@ async def check(seed):
         assert len(everybody) == SHEEP
         await world.agreed(*everybody)
 
-        for one in everybody:
-            assert one.state.vdis.states() == everybody[0].state.vdis.states()
-            assert one.control.sections.claims == everybody[0].control.sections.claims
-            assert one.state.status is ClusterStatus.OK
+        def replicated(one):
+            return one.state.vdis.states(), one.control.sections.claims, one.control.vdis.half_done
+
+        await world.until(lambda: all(replicated(one) == replicated(everybody[0]) for one in everybody), "equal states")
+        assert {one.state.status for one in everybody} == {ClusterStatus.OK}
         for name, exists in sorted(client.known.items()):
             for one in (everybody[0], everybody[-1]):
                 with anyio.fail_after(20):
@@ -147,7 +148,7 @@ async def check(seed):
             assert (await everybody[1].new_vdi(b"afterwards"))[0] == 0
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [0, 1, 7, 37, 45, 51])  # from 7 on: seeds that found something
 async def test_faults_from_a_seed(seed):
     """Whatever happens to sheep and sessions: afterwards all agree and keep every acknowledged volume."""
     await check(seed)

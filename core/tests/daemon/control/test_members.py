@@ -393,3 +393,22 @@ async def test_completion_of_recovery():
         await world.until(lambda: two.backend.recovery.completions, "completion")
 
         assert two.backend.recovery.completions == [(1, one.node.id)]
+
+
+async def test_forked_history():
+    """A sheep that logged epochs which a forced recovery cut off takes over the history of the others."""
+    async with machines() as world:
+        one, two, three = await formatted(world, 3)
+        await world.kill(one)
+        await world.agreed(two, three, epoch=2)
+        await world.kill(two)
+        await world.agreed(three, epoch=3)
+        await world.kill(three)
+        (one,) = await world.start_all(0)
+        await one.ask(Op.FORCE_RECOVER, data_length=4096)
+        await world.agreed(one, epoch=2)
+        (four,) = await world.start_all(3)
+        (three,) = await world.start_all(2)
+        await world.agreed(one, four, three, epoch=4)
+
+        await world.until(lambda: three.epochs == one.epochs, "common history")

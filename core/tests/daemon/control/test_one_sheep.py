@@ -2,6 +2,7 @@
 
 import pytest
 
+from sheepdog.errors import StoreDeviceError
 from sheepdog.model.clusterinfo import CLUSTER_INFO_BYTES, ClusterInfo, ClusterStatus
 from sheepdog.model.epochs import unpack_epoch_log
 from sheepdog.model.node import unpack_nodes
@@ -126,3 +127,19 @@ async def test_format_again():
 
         assert (await sheep.find(b"test"))[0] == Result.NO_VDI
         assert (sheep.state.epoch, sheep.state.ctime) == (1, 2)
+
+
+async def test_format_fails_on_a_sheep():
+    """A sheep whose disks cannot be formatted leaves with an error; the others are formatted."""
+    async with machines() as world:
+        one, two = await world.start_all(0, 1)
+
+        async def broken(name):
+            raise StoreDeviceError("no such disk")
+
+        two.backend.switch = broken
+        assert (await one.format()).result == Result.SUCCESS
+        await two.ended.wait()
+
+        assert two.stopped[0] == 1
+        await world.agreed(one)

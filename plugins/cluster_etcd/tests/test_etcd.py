@@ -1,0 +1,32 @@
+"""The etcd driver against the conformance kit and a real server."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from sheepdog.testing.cluster_kit import ClusterFactory, ClusterKit
+from sheepdog.testing.cluster_worker import driver_cluster
+
+COUNTER = itertools.count()
+
+
+@pytest.fixture(params=["asyncio", "trio"])
+def anyio_backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+class TestEtcd(ClusterKit):
+    """All guarantees of the contract, with the shortest lease that etcd grants."""
+
+    @pytest.fixture
+    def cluster_factory(self, etcd, anyio_backend_name) -> ClusterFactory:
+        backend = {"asyncio": "uvloop", "trio": "trio"}[anyio_backend_name]
+        return lambda: driver_cluster(
+            "sheepdog_cluster_etcd",
+            f"{etcd.address}/kit/{next(COUNTER)},ttl=1",
+            backend=backend,
+            pause_s=2.5,
+            blip_s=0.1,
+        )
