@@ -132,8 +132,8 @@ class Control:
             dispatcher.task(opcode, task)
         # A sheep that waits for members, or has just been accepted, needs these from others in the same state.
         dispatcher.task(Op.GET_EPOCH, info.get_epoch, force=True)
-        dispatcher.task(FETCH_STATE, self.membership.frozen.answer, force=True)
-        dispatcher.task(BARRIER, self.barrier.answer, force=True)
+        dispatcher.task(FETCH_STATE, self.membership.frozen.answer, force=True, unlimited=True)
+        dispatcher.task(BARRIER, self.barrier.answer, force=True, unlimited=True)
 
     async def run(self) -> None:
         """Member of the cluster until cancelled; see ``Membership.run`` for the errors."""

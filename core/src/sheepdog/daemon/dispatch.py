@@ -17,7 +17,7 @@ from sheepdog.daemon.state import SheepState
 from sheepdog.errors import SheepdogError
 from sheepdog.model.clusterinfo import ClusterStatus
 from sheepdog.wire.header import Request, Response
-from sheepdog.wire.opcodes import OP_TABLE, PROTO_VER, SHEEP_PROTO_VER, op_name
+from sheepdog.wire.opcodes import OP_TABLE, PROTO_VER, SHEEP_PROTO_VER, Op, op_name
 from sheepdog.wire.results import Result
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TASKS_MAX = 256
+OBJECT_OPERATIONS = frozenset({Op.CREATE_AND_WRITE_OBJ, Op.READ_OBJ, Op.WRITE_OBJ, Op.REMOVE_OBJ})
 
 PathHandler: TypeAlias = "Callable[[ClientConnection, Request], None]"
 FastHandler: TypeAlias = Callable[[Request], Response]
@@ -75,11 +76,16 @@ class Dispatcher:
 
         self.path(opcode, run, force=force)
 
-    def task(self, opcode: int, handler: TaskHandler, *, force: bool | None = None) -> None:
-        """``await handler(request)`` answers ``opcode`` from a task of its own."""
+    def task(
+        self, opcode: int, handler: TaskHandler, *, force: bool | None = None, unlimited: bool = False
+    ) -> None:
+        """``await handler(request)`` answers ``opcode`` from a task of its own.
+
+        :param unlimited: never waits for others to end: what other sheep ask while our tasks wait for them.
+        """
 
         def run(connection: ClientConnection, request: Request) -> None:
-            if self._tasks < TASKS_MAX:
+            if unlimited or self._tasks < TASKS_MAX:
                 self._tasks += 1
                 self._spawn(self._run_task, connection, request, handler)
             else:
@@ -144,6 +150,8 @@ class Dispatcher:
             return Result.KILLED
         if self._force[opcode]:
             return 0
+        if opcode in OBJECT_OPERATIONS and self.state.has_served:
+            return 0  # our session was lost: the gateway keeps the request until we are a member again
         return Result.WAIT_FOR_JOIN if self.state.formatted else Result.WAIT_FOR_FORMAT
 
     def _log_admin(self, connection: ClientConnection, request: Request, result: int | None) -> None:

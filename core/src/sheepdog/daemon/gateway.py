@@ -65,6 +65,8 @@ class Gateway:
         self.changes: Changes
         self.striped: Striped
         self.recovery: Recovery | None = None
+        self.alive: Callable[[], bool] = _always
+        """Whether our membership certainly stands; while it does not, requests wait."""
         self._outbox = outbox
         self._clock = clock
         self._parked: list[_Operation] = []
@@ -82,13 +84,23 @@ class Gateway:
         operation.start()
 
     def submit_write(
-        self, oid: int, offset: int, data: Buffer, done: Done, *, copies: int = 0, policy: int = 0, checked: bool = True
+        self,
+        oid: int,
+        offset: int,
+        data: Buffer,
+        done: Done,
+        *,
+        copies: int = 0,
+        policy: int = 0,
+        checked: bool = True,
+        wanted: Callable[[], bool] | None = None,
     ) -> None:
         """Bytes of an existing object are replaced.
 
         :param checked: refuse data objects of snapshots.
+        :param wanted: whether whoever asked is still there; a change that must be tried again is dropped otherwise.
         """
-        self._change(FORWARD_WRITE, oid, offset, data, done, copies, policy, 0, 0, checked)
+        self._change(FORWARD_WRITE, oid, offset, data, done, copies, policy, 0, 0, checked, wanted)
 
     def submit_create(
         self,
@@ -101,14 +113,15 @@ class Gateway:
         copies: int = 0,
         policy: int = 0,
         checked: bool = True,
+        wanted: Callable[[], bool] | None = None,
     ) -> None:
         """The object exists: ``data``, and around it the bytes of ``cow_oid`` or zeros."""
         flags = Flag.COW if cow_oid else 0
-        self._change(FORWARD_CREATE, oid, offset, data, done, copies, policy, cow_oid, flags, checked)
+        self._change(FORWARD_CREATE, oid, offset, data, done, copies, policy, cow_oid, flags, checked, wanted)
 
     def submit_remove(self, oid: int, done: Callable[[int], None]) -> None:
         """The object is gone everywhere; NO_OBJ if nobody had it."""
-        self._change(FORWARD_REMOVE, oid, 0, b"", lambda result, _: done(result), 0, 0, 0, 0, False)
+        self._change(FORWARD_REMOVE, oid, 0, b"", lambda result, _: done(result), 0, 0, 0, 0, False, None)
 
     def submit_decref(self, ledger: int, generation: int, count: int, done: Callable[[int], None]) -> None:
         """A reference to the ledger's data object is dropped."""
@@ -133,8 +146,11 @@ class Gateway:
         cow_oid: int,
         flags: int,
         checked: bool,
+        wanted: Callable[[], bool] | None,
     ) -> None:
         operation = _Change(self, oid, done, copies, policy)
+        if wanted is not None:
+            operation.wanted = wanted
         operation.opcode = opcode
         operation.offset = offset
         operation.data = data
@@ -185,11 +201,17 @@ class Gateway:
             self._retry(now)
 
     def _retry(self, now: float | None) -> None:
-        if self.state.status is not ClusterStatus.OK:
+        if self.state.status is not ClusterStatus.OK or not self.alive():
             return
         parked, self._parked = self._parked, []
         for operation in parked:
-            if now is None or operation.due <= now:
+            if not operation.wanted():
+                # Its client has gone, and may have sent it again through another sheep with newer writes after it.
+                operation.finish(Result.NETWORK_ERROR, None)
+            elif now is None:
+                operation.attempts = 0  # a new epoch: what failed under the old one says nothing
+                operation.start()
+            elif operation.due <= now:
                 operation.start()
             else:
                 self._parked.append(operation)
@@ -213,6 +235,10 @@ class Gateway:
         return opcode != FORWARD_REMOVE and placement.short and bool(self.state.flags & ClusterFlag.STRICT)
 
 
+def _always() -> bool:
+    return True
+
+
 class _Drain:
     """Waits for a set of changes to end."""
 
@@ -232,7 +258,7 @@ class _Drain:
 class _Operation:
     """One request, from its start to its final result, over as many attempts as it takes."""
 
-    __slots__ = ("attempts", "begun", "copies", "done", "due", "gateway", "oid", "policy")
+    __slots__ = ("attempts", "begun", "copies", "done", "due", "gateway", "oid", "policy", "wanted")
 
     def __init__(self, gateway: Gateway, oid: int, done: Done, copies: int, policy: int) -> None:
         self.gateway = gateway
@@ -241,8 +267,9 @@ class _Operation:
         self.copies = copies
         self.policy = policy
         self.attempts = 0
-        self.begun = 0.0
+        self.begun = 0.0  # when it was first to be retried
         self.due = 0.0
+        self.wanted: Callable[[], bool] = _always
 
     def start(self) -> None:
         """One attempt."""
@@ -256,10 +283,12 @@ class _Operation:
         if result not in RETRYABLE:
             self.finish(result, data)
             return
+        if not self.wanted():
+            self.finish(result, None)
+            return
         gateway = self.gateway
         now = gateway.now
-        if not self.attempts:
-            self.begun = now
+        self.begun = self.begun or now
         self.attempts += 1
         if now - self.begun > GIVE_UP_S:
             logger.error("gave up on oid=%016x after %.0f s: result=0x%02x", self.oid, now - self.begun, result)
@@ -286,6 +315,9 @@ class _Change(_Operation):
 
     def start(self) -> None:
         gateway = self.gateway
+        if gateway.state.status is not ClusterStatus.OK or not gateway.alive():
+            gateway.park(self)
+            return
         oid = self.oid
         placement = gateway.placer.placement(oid, self.copies, self.policy)
         if self.checked and not gateway.placer.writable(oid):
@@ -354,6 +386,9 @@ class _Read(_Operation):
 
     def start(self) -> None:
         gateway = self.gateway
+        if gateway.state.status is not ClusterStatus.OK or not gateway.alive():
+            gateway.park(self)
+            return
         placement = gateway.placer.placement(self.oid, self.copies, self.policy)
         if placement.primary is None:
             self.finish(Result.HALT, None)

@@ -129,8 +129,9 @@ class ObjectOperations:
 
         def submit() -> None:
             self._gateway.submit_write(
-                request.oid, request.offset, request.body, answer, copies=request.copies, policy=request.copy_policy
-            )
+                request.oid, request.offset, request.body, answer, copies=request.copies, policy=request.copy_policy,
+                wanted=connection.is_open,
+            )  # fmt: skip
 
         if self.coherence is not None and is_map_write(request.oid, request.offset, len(request.body)):
             self.coherence.before_map_write(request.oid, submit)
@@ -151,7 +152,7 @@ class ObjectOperations:
         self._gateway.submit_create(
             request.oid, request.offset, request.body, answer,
             cow_oid=request.cow_oid if request.flags & Flag.COW else 0,
-            copies=request.copies, policy=request.copy_policy,
+            copies=request.copies, policy=request.copy_policy, wanted=connection.is_open,
         )  # fmt: skip
 
     def _remove_obj(self, connection: ClientConnection, request: Request) -> None:
@@ -179,12 +180,16 @@ class ObjectOperations:
     def _at_epoch(self, serve: _Serve) -> _Serve:
         state = self._state
         stats = self._stats
+        gateway = self._gateway
 
         def gate(connection: ClientConnection, request: Request) -> None:
             epoch = request.epoch
             if epoch == state.epoch:
-                stats.peer_began(request)
-                serve(connection, request)
+                if gateway.alive():
+                    stats.peer_began(request)
+                    serve(connection, request)
+                else:
+                    connection.reply(request, Result.WAIT_FOR_JOIN)
             elif (epoch - state.epoch) & 0xFFFFFFFF < 0x80000000:
                 self._early.append((connection, request, serve))
             else:

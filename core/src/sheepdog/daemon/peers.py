@@ -145,6 +145,7 @@ class PeerLink:
                     else:
                         logger.debug("node=%s is not reachable: %s", self.node.text, error)
             self._failed_at = self._pool.clock.monotonic()
+            self._connecting = False  # first: who is told of the failure may try again at once
             self._lost()
         finally:
             self._connecting = False

@@ -49,6 +49,10 @@ class ClientConnection:
         self._inflight_bytes = 0
         self._paused = False
 
+    def is_open(self) -> bool:
+        """Whether the other side is still there."""
+        return self.open
+
     def get_buffer(self, size_hint: int) -> memoryview:
         return self.decoder.get_buffer()
 

@@ -46,7 +46,7 @@ from sheepdog.daemon.stats import Stats
 from sheepdog.daemon.striped import Striped
 from sheepdog.daemon.unsettled import Unsettled
 from sheepdog.daemon.volumes import GatewayVolumes
-from sheepdog.errors import SheepdogError
+from sheepdog.errors import SheepdogError, TransportError
 from sheepdog.model.clusterinfo import ClusterFlag, ClusterStatus
 from sheepdog.model.node import Node, NodeId
 from sheepdog.plugins import Announcer
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TICK_S = 0.1
+TICK_S = 0.05
 DRAIN_S = 10.0  # requests in flight get this long to end when the sheep stops
 WORKERS_MAX = 16
 
@@ -147,6 +147,7 @@ class Sheep:
             auto_vnodes=config.vnodes is None,
         )  # fmt: skip
         self.operations.coherence = Coherence(self.state, self.control.coherence, self.spawn, self.outbox)
+        self.gateway.alive = lambda: self.control.membership.alive
         self.recovery.ring_of = self.control.epoch_ring
         self.recovery.announce = self.control.announce_recovered
         self.volumes = GatewayVolumes(self.gateway, self.control, self.spawn)
@@ -184,7 +185,13 @@ class Sheep:
             stack.push_async_callback(transport.aclose)
             listeners: list[Listener] = []
             for address in self.parts.listen:
-                listener = await transport.listen(address, self.server.accept)
+                try:
+                    listener = await transport.listen(address, self.server.accept)
+                except TransportError as error:
+                    if isinstance(error.__cause__, OSError):  # the words that scripts look for in the log
+                        logger.error("failed to bind server socket: %s", error.__cause__.strerror)
+                    logger.error("failed to create a listening port")
+                    raise
                 listeners.append(listener)
                 stack.push_async_callback(listener.aclose)
             async with anyio.create_task_group() as tasks:

@@ -28,6 +28,7 @@ class SheepState:
         self.block_size_shift = 0
         self.store_name = ""
         self.recovery_disabled = False
+        self.has_served = False  # was OK at least once: requests then wait for a re-join instead of being refused
         self.members: tuple[Node, ...] = ()  # oldest first
         self.ring = Ring(())
         self.vdis = VdiTable()
@@ -61,5 +62,6 @@ class SheepState:
             self.epoch = epoch
         if status is not None:
             self.status = status
+            self.has_served = self.has_served or status is ClusterStatus.OK
         for changed in self._observers:
             changed()
