@@ -23,7 +23,8 @@ def free_ports(count: int) -> list[int]:
 class Voters:
     """Three servers without members."""
 
-    def __init__(self, directory) -> None:
+    def __init__(self, directory, password: str | None = None) -> None:
+        self.password = password
         self.addresses = tuple(f"127.0.0.1:{port}" for port in free_ports(3))
         self.directory = directory
         self.servers: dict[int, Server] = {}
@@ -34,7 +35,8 @@ class Voters:
 
     def start(self, *indexes: int) -> None:
         for index in indexes:
-            options = RaftOptions(self.addresses, self.addresses[index], str(self.directory / str(index)))
+            directory = str(self.directory / str(index))
+            options = RaftOptions(self.addresses, self.addresses[index], directory, password=self.password)
             self.servers[index] = Server(options)
             self.servers[index].start()
 
@@ -55,8 +57,8 @@ def make_voters():
     """Makes groups of voters below a directory; they have stopped when the test ends."""
     made: list[Voters] = []
 
-    def make(directory) -> Voters:
-        voters = Voters(directory)
+    def make(directory, password: str | None = None) -> Voters:
+        voters = Voters(directory, password)
         made.append(voters)
         voters.start(0, 1, 2)
         voters.wait()

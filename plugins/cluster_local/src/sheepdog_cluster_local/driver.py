@@ -131,7 +131,7 @@ class LocalSession(ClusterSession):
     async def enter(self, greeting: bytes) -> None:
         """We are a member, and ``events`` will begin with our ``Joined``."""
         with anyio.move_on_after(self._options.enter_timeout_s) as scope:
-            while not self._file.try_enter(self._id, time.monotonic_ns()):  # noqa: ASYNC110 - another process has it
+            while not self._file.try_enter(self._id, time.monotonic_ns()):
                 await anyio.sleep(0.005)
         if scope.cancelled_caught:
             raise ClusterUnavailable(

@@ -83,9 +83,11 @@ class RaftDriver(ClusterDriver):
             except Exception as error:
                 failure = error  # leaves the task group as itself, not wrapped into a group
             finally:
-                await session.aclose()
-                session.mailbox.close()
-                tasks.cancel_scope.cancel()
+                try:
+                    await session.aclose()
+                finally:  # else the group would wait for the mailbox for ever
+                    session.mailbox.close()
+                    tasks.cancel_scope.cancel()
         if failure is not None:
             raise failure
 

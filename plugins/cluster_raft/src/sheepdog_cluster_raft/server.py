@@ -226,6 +226,7 @@ class Server:
         self._stopping = True
 
     def stop(self) -> None:
-        """The thread has ended."""
+        """The thread has ended, if it was ever started."""
         self._stopping = True
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
