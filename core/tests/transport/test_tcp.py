@@ -87,6 +87,16 @@ class TestUnix(TransportKit):
         await self.connect(transport, server)
         await until(lambda: server.receivers, "the connection")
 
+    async def test_long_path(self, transport, tmp_path):
+        """A path longer than a socket address can hold works like any other."""
+        directory = tmp_path / ("d" * 100) / ("e" * 100)
+        directory.mkdir(parents=True)
+
+        server = await self.serve(transport, f"unix:{directory}/sock")
+
+        await self.connect(transport, server)
+        await until(lambda: server.receivers, "the connection")
+
     async def test_other_files_are_kept(self, transport, tmp_path):
         """A file that is no socket is not removed."""
         path = tmp_path / "precious"

@@ -410,8 +410,10 @@ class FileStore(ObjectStore):
                 fd = os.open(path, _READ)
             except FileNotFoundError:
                 self._check_all(paths)
-                path = next(filter(os.path.exists, (paths.on(disk, key) for disk in paths.disks)), "")
+                places = [paths.on(disk, key) for disk in paths.disks]
+                path = next(filter(os.path.exists, places), "")
                 if not path:
+                    directories.update(map(os.path.dirname, places))  # that it is gone survives as well
                     continue
                 fd = os.open(path, _READ)
             except OSError as error:
@@ -424,7 +426,7 @@ class FileStore(ObjectStore):
                 os.close(fd)
             if self._unsynced:
                 directories.add(os.path.dirname(path))
-        for directory in sorted(directories):
+        for directory in sorted(directories & self._unsynced):
             self._sync_names(directory)
 
     def _sync_names(self, directory: str) -> None:

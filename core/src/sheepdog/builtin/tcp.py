@@ -18,7 +18,8 @@ import logging
 import os
 import socket
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import anyio
 import anyio.abc
@@ -33,6 +34,7 @@ SHEEPDOG_API = (1, 0)
 KiB = 1024
 HIGH_WATER_BYTES = 1024 * KiB  # queued beyond this, a channel is congested
 LOW_WATER_BYTES = 256 * KiB  # drained below this, it is writable again
+UNIX_PATH_BYTES_MAX = 107
 FLUSH_BYTES = 256 * KiB  # a channel that has corked this much is flushed before the end of the receive
 JOIN_BYTES = 64 * KiB  # up to this much is joined: a copy is cheaper than a long list of buffers
 BACKLOG = 1024
@@ -316,7 +318,8 @@ class TcpTransport(Transport):
         host, port, path = split_address(address)
         try:
             if path is not None:
-                await loop.create_unix_connection(lambda: protocol, path)
+                with within_reach(path) as short:
+                    await loop.create_unix_connection(lambda: protocol, short)
             else:
                 await loop.create_connection(lambda: protocol, host or "localhost", port)
         except OSError as error:
@@ -457,7 +460,8 @@ def bind_unix(path: str) -> socket.socket:
     try:
         if unix_socket_identity(path) is not None:
             _unlink_stale(path)
-        sock.bind(path)
+        with within_reach(path) as short:
+            sock.bind(short)
         sock.listen(BACKLOG)
         sock.setblocking(False)
     except OSError as error:
@@ -469,11 +473,26 @@ def bind_unix(path: str) -> socket.socket:
     return sock
 
 
+@contextmanager
+def within_reach(path: str) -> Iterator[str]:
+    """A name for the socket at ``path`` that fits into a socket address, which holds 107 bytes; valid in the block."""
+    if len(os.fsencode(path)) <= UNIX_PATH_BYTES_MAX:
+        yield path
+        return
+    directory, name = os.path.split(path)
+    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{fd}/{name}"
+    finally:
+        os.close(fd)
+
+
 def _unlink_stale(path: str) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)  # a listener with a full backlog must not hold us up: it is alive
         try:
-            probe.connect(path)
+            with within_reach(path) as short:
+                probe.connect(short)
         except ConnectionRefusedError:
             os.unlink(path)
             return
@@ -507,7 +526,8 @@ async def _connect_stream(address: Address) -> tuple[anyio.abc.ByteStream, Addre
     try:
         stream: anyio.abc.SocketStream
         if path is not None:
-            stream = await anyio.connect_unix(path)
+            with within_reach(path) as short:
+                stream = await anyio.connect_unix(short)
         else:
             stream = await anyio.connect_tcp(host or "localhost", port)
     except OSError as error:
@@ -522,7 +542,8 @@ async def _listen_streams(address: Address) -> list[StreamListening]:
         if path is not None:
             # Bound here only to find out whether somebody listens; anyio wants to bind by itself.
             bind_unix(path).close()
-            listener: anyio.abc.Listener[anyio.abc.SocketStream] = await anyio.create_unix_listener(path)
+            with within_reach(path) as short:
+                listener: anyio.abc.Listener[anyio.abc.SocketStream] = await anyio.create_unix_listener(short)
             return [StreamListening(listener, address, _unlinker(path))]
         found = await anyio.create_tcp_listener(local_host=host or None, local_port=port, backlog=BACKLOG)
     except OSError as error:

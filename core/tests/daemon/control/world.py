@@ -276,7 +276,7 @@ class Dispatch:
 
         self.task(opcode, run, force=force)
 
-    def task(self, opcode, handler, *, force=None):
+    def task(self, opcode, handler, *, force=None, unlimited=False):
         assert opcode not in self._handlers
         self._handlers[opcode] = handler
         if force or (force is None and opcode in OP_TABLE and OP_TABLE[opcode].force):

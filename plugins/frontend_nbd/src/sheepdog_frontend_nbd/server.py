@@ -117,6 +117,7 @@ class _Server:
             logger.info("nbd client %s: %s", client.channel.remote, error)
             self.gone(client)
 
+        assert self._options.tls is not None, "STARTTLS is offered only with a certificate"
         client.receiver = api.TlsChannel(client.channel, self._options.tls, protected, server_side=True, failed=failed)
 
     def spawn(self, action: Callable[[], Coroutine[Any, Any, None]]) -> None:  # Any: types that nobody uses
