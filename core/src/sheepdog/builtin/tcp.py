@@ -35,6 +35,7 @@ KiB = 1024
 HIGH_WATER_BYTES = 1024 * KiB  # queued beyond this, a channel is congested
 LOW_WATER_BYTES = 256 * KiB  # drained below this, it is writable again
 UNIX_PATH_BYTES_MAX = 107
+FD_DIRECTORY = "/proc/self/fd/"
 FLUSH_BYTES = 256 * KiB  # a channel that has corked this much is flushed before the end of the receive
 JOIN_BYTES = 64 * KiB  # up to this much is joined: a copy is cheaper than a long list of buffers
 BACKLOG = 1024
@@ -416,7 +417,7 @@ def _sockaddr_text(name: object, otherwise: Address) -> Address:
         return join_address(str(name[0]), int(name[1]))
     if isinstance(name, bytes):
         name = os.fsdecode(name)
-    if isinstance(name, str) and name:
+    if isinstance(name, str) and name and not name.startswith(FD_DIRECTORY):
         return f"unix:{name}"
     return otherwise
 
@@ -482,7 +483,7 @@ def within_reach(path: str) -> Iterator[str]:
     directory, name = os.path.split(path)
     fd = os.open(directory, os.O_PATH | os.O_DIRECTORY)
     try:
-        yield f"/proc/self/fd/{fd}/{name}"
+        yield f"{FD_DIRECTORY}{fd}/{name}"
     finally:
         os.close(fd)
 
