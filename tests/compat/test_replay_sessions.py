@@ -109,6 +109,18 @@ DURING: Mapping[str, Callable[[SheepCluster], object]] = {
 }
 
 
+# When the recorded machine was asked to reweight one node, its disk had not changed, so nothing happened.
+CALM_DISK = "dog-cluster-reweight-1n.jsonl"
+
+
+def _disk_changed(cluster: SheepCluster) -> bool:
+    """Other programs filled or freed so much that a reweight would act, which it did not in the recording."""
+    with cluster.connect(0) as connection:
+        [node] = admin.node_list(connection.request)
+        size = connection.request(Op.STAT_SHEEP).u64(32)
+    return abs(size - node.space) > 0.005 * node.space
+
+
 class Replay:
     """The sessions of one recorded cluster, played as far as somebody asked."""
 
@@ -116,6 +128,8 @@ class Replay:
         self.cluster = SheepCluster(NODES[name], driver="local", options=OPTIONS.get(name, ()), base=base)
         self._files = SESSIONS[name]
         self._found: dict[str, list[str]] = {}
+        self._broken = ""
+        self.skipped: set[str] = set()
         sheep = self.cluster.sheep
         # Node i has the i-th port, as in the recordings: node lists are ordered by port.
         sheep.sort(key=lambda one: one.port)
@@ -136,15 +150,19 @@ class Replay:
             return admin.node_list(connection.request)
 
     def differences(self, file: str) -> list[str]:
-        """Of one session; those before it are played first."""
+        """Of one session; those before it are played first. After one that broke off none is played."""
         for earlier in self._files[: self._files.index(file) + 1]:
-            if earlier not in self._found:
-                # Should the session fail half-way, it is not played again for the next test.
-                self._found[earlier] = [f"{earlier} was not played to its end"]
+            if earlier not in self._found and not self._broken:
+                self._broken = earlier
                 self._found[earlier] = self._play(earlier)
+                self._broken = ""
+        assert not self._broken, f"{self._broken} broke off"
         return self._found[file]
 
     def _play(self, file: str) -> list[str]:
+        if file == CALM_DISK and _disk_changed(self.cluster):
+            self.skipped.add(file)
+            return []
         if file in BEFORE:
             BEFORE[file](self.cluster)
         during = [DURING[file]] if file in DURING else []
@@ -200,4 +218,7 @@ def test_recordings_are_there() -> None:
 @pytest.mark.parametrize(("name", "file"), [(name, file) for name, files in SESSIONS.items() for file in files])
 def test_answers_are_the_recorded_ones(replays: Callable[[str], Replay], name: str, file: str) -> None:
     """Every answer of the session equals the recorded one in all that can be equal."""
-    assert not replays(name).differences(file)
+    replay = replays(name)
+    assert not replay.differences(file)
+    if file in replay.skipped:
+        pytest.skip("the free space of the disk changed meanwhile: a reweight would act")
