@@ -20,12 +20,14 @@ from dataclasses import dataclass, field
 from sheepdog.testing.vectors import Frame, frames, pattern
 from sheepdog_cli import dog
 
+OP_CREATE_OBJ = 0x01
 OP_WRITE_OBJ = 0x03
 OP_MAKE_FS = 0x84
 OP_SET_RECOVERY = 0xCB
 OP_SET_VNODES = 0xCC
 INODE_BIT = 1 << 63
 MAP_OFFSET, MAP_END = 4664, 4198968
+INODE_BYTES = 12587576
 
 # Answers when the script has none: our dog then fails in a visible way.
 REFUSAL = bytes([0, 0]) + bytes(14) + (0x01).to_bytes(4, "little") + bytes(28)
@@ -77,6 +79,7 @@ def normal_request(header: bytes, data: bytes) -> tuple[bytes, bytes]:
     * SET_RECOVERY: the original leaves rubbish in the padding and does not fill in the flag "on", which we do.
     * SET_VNODES: the last four of the eight bytes are rubbish in the original.
     * Clearing a map: the original writes zeros to the end of the map, we stop at the last entry in use.
+    * Whole inodes of loaded snapshots: the original keeps the reference counts of the saved cluster, ours are new.
     """
     opcode = header[1]
     if opcode == OP_MAKE_FS:
@@ -89,6 +92,8 @@ def normal_request(header: bytes, data: bytes) -> tuple[bytes, bytes]:
         offset = int.from_bytes(header[40:44], "little")
         if MAP_OFFSET <= offset < MAP_END and len(data) % 4 == 0 and not any(data):
             header, data = header[:12] + bytes(4) + header[16:], b""
+    elif opcode == OP_CREATE_OBJ and len(data) == INODE_BYTES:
+        data = data[:MAP_END]
     return header, data
 
 

@@ -1,7 +1,7 @@
 """A cluster under faults keeps what it acknowledged, and its copies equal. Every failure names its seed.
 
-SHEEPDOG_SEEDS chooses the seeds: "7" or "100-200". Seeds that once found a bug stand in regressions.txt beside this
-file and always run.
+SHEEPDOG_SEEDS chooses the seeds: "7" or "100-200"; SHEEPDOG_RATE the requests per second of each guest's lanes. What
+once found a bug stands in regressions.txt beside this file and always runs: lines of "fault seed rate".
 """
 
 import os
@@ -15,21 +15,30 @@ from sheepdog.testing.simulation_workload import Workload
 
 COPIES = 3
 DEFAULT_SEEDS = "1-2"
+RATE = float(os.environ.get("SHEEPDOG_RATE", "8"))
 
 
 def seeds():
     first, _, last = os.environ.get("SHEEPDOG_SEEDS", DEFAULT_SEEDS).partition("-")
-    chosen = list(range(int(first), int(last or first) + 1))
-    path = Path(__file__).with_name("regressions.txt")
-    lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()] if path.exists() else []
-    return sorted({*chosen, *(int(line) for line in lines if line)})
+    return list(range(int(first), int(last or first) + 1))
 
 
-async def under_faults(simulation, faults, *, nodes=4, rounds=4):
+def cases():
+    """(fault, seed, rate) of every run."""
+    chosen = [(faults, seed, RATE) for faults in FAULTS for seed in seeds()]
+    for line in Path(__file__).with_name("regressions.txt").read_text().splitlines():
+        words = line.partition("#")[0].split()
+        if words:
+            name, seed, rate = words
+            chosen.append((next(faults for faults in FAULTS if faults.__name__ == name), int(seed), float(rate)))
+    return chosen
+
+
+async def under_faults(simulation, faults, *, nodes=4, rounds=3, rate=RATE):
     """Guests work while ``faults`` strikes ``rounds`` times; afterwards everything is whole."""
     await simulation.start(nodes)
     await simulation.format(copies=COPIES, shift=20)
-    workload = Workload(simulation)
+    workload = Workload(simulation, rate=rate)
     await workload.prepare(COPIES)
     rng = simulation.fork_random()
     async with trio.open_nursery() as nursery:
@@ -39,10 +48,16 @@ async def under_faults(simulation, faults, *, nodes=4, rounds=4):
             await faults(simulation, rng)
         await trio.sleep(1)
         workload.finish()
+    await judge(simulation, workload)
+    return workload
+
+
+async def judge(simulation, workload):
+    """Everything is whole, and nothing is left over."""
     await simulation.settled()
     workload.check_disks()
     await workload.check_reads()
-    return workload
+    await simulation.idle()
 
 
 async def calm(simulation, rng):
@@ -78,16 +93,30 @@ async def isolated(simulation, rng):
     await simulation.settled()
 
 
+async def parted(simulation, rng):
+    """Two sheep do not reach each other for a while, though both are members."""
+    one, other = rng.sample(simulation.nodes, 2)
+    simulation.trace(f"part {one.number} {other.number}")
+    simulation.network.cut(one.host, other.host)
+    await trio.sleep(rng.choice((0.1, 1.0, 6.0)))
+    simulation.heal()
+
+
 async def mixed(simulation, rng):
     """Any of them."""
-    await rng.choice((broken_connections, killed, isolated))(simulation, rng)
+    await rng.choice((broken_connections, killed, isolated, parted))(simulation, rng)
 
 
-@pytest.mark.parametrize("seed", seeds())
-@pytest.mark.parametrize("faults", [calm, broken_connections, killed, isolated, mixed], ids=lambda one: one.__name__)
-def test_acknowledged_writes_survive(seed, faults):
+FAULTS = (calm, broken_connections, killed, isolated, parted, mixed)
+
+
+@pytest.mark.parametrize(
+    ("faults", "seed", "rate"),
+    [pytest.param(*case, id=f"{case[0].__name__}-{case[1]}-{case[2]:g}") for case in cases()],
+)
+def test_acknowledged_writes_survive(faults, seed, rate):
     """Reads return what was acknowledged, and the copies are equal when the cluster has recovered."""
-    workload = simulate(seed, lambda simulation: under_faults(simulation, faults))
+    workload = simulate(seed, lambda simulation: under_faults(simulation, faults, rate=rate))
 
     assert workload.requests > 20
 
@@ -111,9 +140,7 @@ def test_power_failure_of_all(seed):
                 await simulation.restart(node.number)
             await trio.sleep(5)
             workload.finish()
-        await simulation.settled()
-        workload.check_disks()
-        await workload.check_reads()
+        await judge(simulation, workload)
 
     simulate(seed, scenario, nosync=False)
 
@@ -140,7 +167,8 @@ def test_the_judge_notices():
         from sheepdog.model.ids import data_oid
 
         workload = await under_faults(simulation, calm, rounds=1)
-        oid = data_oid(workload.vid, sorted(workload._created)[0])
+        index = min(workload.owners)
+        oid = data_oid(workload.owners[index], index)
         holder = next(iter(simulation.copies_of(oid, COPIES)))
         simulation.nodes[holder].medium.rot(ShardKey(oid, REPLICA), 5)
         workload.check_disks()

@@ -37,6 +37,7 @@ from sheepdog_cli.sizes import SUFFIX_HINT, parse_decimal, parse_size
 DEFAULT_PATH = "/tmp"
 LOG_NAME = "sheep.log"
 U32_MAX = (1 << 32) - 1
+DELAY_MAX_S = 24 * 3600
 POOLS = ("net", "gway", "io", "peer", "reclaim", "gway_fwd", "remove", "remove_peer", "recovery", "async")
 
 
@@ -98,6 +99,7 @@ class _Options:
         self.pid_file: str | None = None
         self.front_ends: list[FrontEndConfig] = []
         self.throttle = Throttle()
+        self.recovery_delay_s = 0.0
         self.vnodes: int | None = None
         self.threads: dict[str, int] = {}
         self.threads_max: int | None = None
@@ -129,6 +131,7 @@ class _Options:
             wildcard_recovery="wildcard" in self.flags,
             journal=self.journal,
             recovery_throttle=self.throttle,
+            recovery_delay_s=self.recovery_delay_s,
             thread_counts=tuple(self.threads.items()),
             threads_max=self.threads_max,
             pid_file=self.pid_file,
@@ -291,6 +294,10 @@ class _Options:
             else:
                 _refuse(f"invalid option {word}")
         self.throttle = Throttle(count, interval)
+
+    def on_recovery_delay(self, text: str) -> None:
+        message = f"Invalid recovery delay '{text}': must be an integer between 0 and {DELAY_MAX_S}"
+        self.recovery_delay_s = float(self._number(text, 0, DELAY_MAX_S, message))
 
     def on_wq_threads(self, text: str) -> None:
         for key, value, word in _words(text, *(pool + "=" for pool in POOLS)):

@@ -191,6 +191,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("node", "format", "write the store format of a node", "aphT", "node_format",
             "<directory of sheep> <a name of store format>", False, True),
     Command("cluster", "info", "show the cluster and its epochs", "aprhvTd", "cluster_info", nodes=True, json=True),
+    Command("cluster", "driver", "show what keeps the cluster together", "aprhT", "cluster_driver", json=True),
     Command("cluster", "format", "make a new, empty cluster", "bcltaphzTVRfF", "cluster_format", nodes=True),
     Command("cluster", "shutdown", "stop all nodes", "aphT", "cluster_admin"),
     Command("cluster", "snapshot", "save and load the cluster", "aphTm", "cluster_snapshot",
@@ -214,6 +215,8 @@ COMMANDS: tuple[Command, ...] = (
             "<old file> <new file>", False, True),
     Command("upgrade", "object-location", "show the first holder of an object", "hT", "upgrade",
             "<epoch file> <oid>", False, True),
+    Command("upgrade", "store-convert", "move the objects of a stopped sheep to another store", "hT", "upgrade",
+            "<path> <plain|tree>", False, True),
     Command("benchmark", "io", "measure writes to a vdi", "aprhTfwtn", "benchmark", "<vdiname>", True, True),
     Command("plugin", "list", "list the installed plugins", "rh", "plugin", json=True),
 )  # fmt: skip

@@ -17,13 +17,13 @@ from sheepdog.daemon.objects import ObjectAccess
 from sheepdog.daemon.outbox import Outbox
 from sheepdog.daemon.peer import ObjectOperations
 from sheepdog.daemon.peers import PeerPool
+from sheepdog.daemon.placement import Placer, scheme_finder
 from sheepdog.daemon.primary import Primary
 from sheepdog.daemon.recovery import Recovery
 from sheepdog.daemon.references import References
 from sheepdog.daemon.server import Server
 from sheepdog.daemon.settler import Settler
 from sheepdog.daemon.shards import Shards
-from sheepdog.daemon.placement import Placer, scheme_finder
 from sheepdog.daemon.spawner import Spawner
 from sheepdog.daemon.state import SheepState
 from sheepdog.daemon.stats import Stats

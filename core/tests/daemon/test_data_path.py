@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import anyio
 import pytest
-from sheepdog_store_plain import sheepdog_object_store
 
 from sheepdog.api import StoreOptions
 from sheepdog.builtin.tcp import sheepdog_transport
@@ -13,6 +12,7 @@ from sheepdog.errors import ObjectNotFound, ReadOnlyObject
 from sheepdog.model.ids import data_oid, inode_oid, ledger_oid
 from sheepdog.model.inode import MAP_OFFSET, REFS_OFFSET
 from sheepdog.model.vdi_state import VdiState
+from sheepdog_store_plain import sheepdog_object_store
 
 from .data_plane import planes, random_bytes
 

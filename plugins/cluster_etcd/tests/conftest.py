@@ -14,7 +14,20 @@ from pathlib import Path
 
 import pytest
 
+from sheepdog.testing.cluster_kit import once_is_enough
+from sheepdog.testing.services import hang_guard
+
 START_TIMEOUT_S = 60.0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    once_is_enough(items, Path(__file__).parent)
+
+
+@pytest.fixture(autouse=True)
+def no_hang(request):
+    with hang_guard(request.config):
+        yield
 
 
 def missing(reason: str) -> None:

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import socket
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from sheepdog.testing.cluster_kit import once_is_enough
+from sheepdog.testing.services import hang_guard
 from sheepdog_cluster_raft.options import RaftOptions
 from sheepdog_cluster_raft.server import Server
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    once_is_enough(items, Path(__file__).parent)
+
+
+@pytest.fixture(autouse=True)
+def no_hang(request):
+    with hang_guard(request.config):
+        yield
 
 
 def free_ports(count: int) -> list[int]:
@@ -21,11 +35,11 @@ def free_ports(count: int) -> list[int]:
 
 
 class Voters:
-    """Three servers without members."""
+    """Servers without members."""
 
-    def __init__(self, directory, password: str | None = None) -> None:
+    def __init__(self, directory, password: str | None = None, count: int = 3) -> None:
         self.password = password
-        self.addresses = tuple(f"127.0.0.1:{port}" for port in free_ports(3))
+        self.addresses = tuple(f"127.0.0.1:{port}" for port in free_ports(count))
         self.directory = directory
         self.servers: dict[int, Server] = {}
 
@@ -37,6 +51,8 @@ class Voters:
         for index in indexes:
             directory = str(self.directory / str(index))
             options = RaftOptions(self.addresses, self.addresses[index], directory, password=self.password)
+            if len(self.addresses) == 1:  # nobody else can stand for election
+                options = replace(options, election_s=0.05)
             self.servers[index] = Server(options)
             self.servers[index].start()
 
@@ -57,16 +73,17 @@ def make_voters():
     """Makes groups of voters below a directory; they have stopped when the test ends."""
     made: list[Voters] = []
 
-    def make(directory, password: str | None = None) -> Voters:
-        voters = Voters(directory, password)
+    def make(directory, password: str | None = None, count: int = 3) -> Voters:
+        voters = Voters(directory, password, count)
         made.append(voters)
-        voters.start(0, 1, 2)
+        voters.start(*range(count))
         voters.wait()
         return voters
 
     yield make
     for voters in made:
-        voters.stop(*list(voters.servers))
+        for index in list(voters.servers):
+            voters.stop(index)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from sheepdog.testing.cluster_kit import (
     settle,
     until_left,
 )
-from sheepdog.testing.cluster_worker import ProcessMember, SessionMember
+from sheepdog.testing.cluster_worker import ProcessMember, SessionMember, driver_cluster
 from sheepdog_cluster_raft.driver import RaftDriver
 from sheepdog_cluster_raft.options import RaftOptions
 from sheepdog_cluster_raft.server import death_entry, record_entry
@@ -113,6 +113,39 @@ async def test_nobody_there():
     with anyio.fail_after(8), pytest.raises(ClusterUnavailable, match="no raft leader"):
         async with driver.join(kit_node(0), b""):
             pass
+
+
+# -- identities --
+
+
+@pytest.mark.anyio
+async def test_early_return(voters):
+    """Who returns before its old session is reported dead waits for that, and joins then."""
+    options = f"{voters.text},timeout=1500"
+    async with driver_cluster("sheepdog_cluster_raft", options, backend="uvloop", pause_s=2.5) as cluster:
+        first = await cluster.spawn(kit_node(0))
+        victim = await cluster.spawn_killable(kit_node(1))
+        await victim.kill()
+        again = await cluster.spawn(victim.node)
+        await settle([first, again], b"mark")
+
+        assert left(first, victim.node) == 1
+        assert_sound(first.seen)
+
+
+@pytest.mark.anyio
+async def test_all_return(voters):
+    """After all members died at once nobody is left to report them; they come back all the same."""
+    options = f"{voters.text},timeout=1500"
+    async with driver_cluster("sheepdog_cluster_raft", options, backend="uvloop", pause_s=2.5) as cluster:
+        victims = [await cluster.spawn_killable(kit_node(i)) for i in range(2)]
+        for victim in victims:
+            await victim.kill()
+        again = [await cluster.spawn(kit_node(i)) for i in range(2)]
+        await settle(again, b"mark")
+
+        assert again[1].seen[0].view[-1] == kit_node(1)
+        assert_one_order(again, b"mark")
 
 
 # -- voters --

@@ -15,6 +15,7 @@ from sheepdog.errors import ProtocolError, SheepdogError, TransportError
 from sheepdog.model.ids import always_replicated, format_oid, object_bytes
 from sheepdog.model.inode import InodeHeader
 from sheepdog.model.ring import Ring
+from sheepdog.wire.extensions import REPAIR_NEEDLESS
 from sheepdog_cli.output import Progress
 from sheepdog_cli.session import EXIT_FAILURE, RESULT_EIO, Quit, Session, complain, describe, fail
 
@@ -120,6 +121,8 @@ class Checker:
             variant = _FORW.pack(oid, source.id.address, source.id.port)
             response = self._call(node, oid, OP_REPAIR_REPLICA, variant=variant)
             if response.result == RESULT_SUCCESS:
+                if response.variant[0] == REPAIR_NEEDLESS:
+                    continue  # a write was on its way when we compared
                 self._say(f"fixed {'replica' if at in digests else 'missing'} {format_oid(oid)}")
             else:
                 self._complain(f"failed to repair object {format_oid(oid)} from {source.id.text} to {node.id.text}")

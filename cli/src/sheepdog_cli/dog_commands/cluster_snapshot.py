@@ -13,10 +13,12 @@ from sheepdog.client import admin, volume
 from sheepdog.client.connection import Response
 from sheepdog.errors import ProtocolError, RequestError, SheepdogError, TransportError
 from sheepdog.model.farm import SnapshotLog, SnapshotRecord, TrunkEntry
+from sheepdog.model.hashing import vdi_hash
 from sheepdog.model.ids import data_oid, inode_oid, is_inode, object_bytes, vid_of, vmstate_oid
 from sheepdog.model.inode import InodeHeader
 from sheepdog_cli.dog_commands.common import complain_object
 from sheepdog_cli.dog_commands.farm import Farm, FarmError
+from sheepdog_cli.dog_commands.farm_references import LoadedReferences
 from sheepdog_cli.dog_commands.vdi_alter_copy import VDI_STATE_VARIANT
 from sheepdog_cli.dog_commands.vdi_walk import walk
 from sheepdog_cli.output import Progress, print_json
@@ -35,7 +37,9 @@ from sheepdog_cli.session import (
 )
 from sheepdog_cli.sizes import parse_decimal
 
+OP_NOTIFY_VDI_DEL = 0x99
 OP_NOTIFY_VDI_ADD = 0xAF
+VDIS_MAX = (1 << 24) - 1  # numbers are 1 to this
 THREADS = 8
 
 
@@ -244,7 +248,9 @@ def _load(session: Session) -> None:
     )
     try:
         _load_objects(session, farm, entries)
-        _resume(session, [headers[entry.oid] for entry in entries if entry.oid in headers])
+        loaded = [headers[entry.oid] for entry in entries if entry.oid in headers]
+        _bury(session, loaded)
+        _resume(session, loaded)
     except (SheepdogError, FarmError) as error:
         complain_object(error)
         if not isinstance(error, TransportError):
@@ -271,11 +277,15 @@ def _no_call(*_: object, **__: object) -> Response:
 
 
 def _load_objects(session: Session, farm: Farm, entries: Sequence[TrunkEntry]) -> None:
+    references = LoadedReferences()
+    for entry in entries:
+        if is_inode(entry.oid):
+            references.add(farm.load_object(entry.digest))
     progress = Progress(len(entries), count=True)
     threads = THREADS if "multithread" in session.options else 1
     announced: dict[int, TrunkEntry] = {}
     for entry in entries:
-        announced.setdefault(vid_of(entry.oid), entry)
+        announced.setdefault(vid_of(references.oid(entry.oid)), entry)
     for vid, entry in sorted(announced.items()):
         # Before its first object: it tells every sheep how many copies the objects of this vdi have.
         variant = VDI_STATE_VARIANT.pack(0, vid, entry.copies, 1, entry.copy_policy, entry.block_size_shift)
@@ -285,11 +295,13 @@ def _load_objects(session: Session, farm: Farm, entries: Sequence[TrunkEntry]) -
     calls = _Calls(session, threads)
 
     def load(entry: TrunkEntry) -> None:
-        data = farm.load_object(entry.digest)
+        data: bytes | bytearray = farm.load_object(entry.digest)
+        if is_inode(entry.oid):
+            data = references.renewed(data)
         with calls.borrow() as call:
             volume.write_object(
                 call,
-                entry.oid,
+                references.oid(entry.oid),
                 data,
                 copies=entry.copies,
                 policy=entry.copy_policy,
@@ -302,6 +314,31 @@ def _load_objects(session: Session, farm: Farm, entries: Sequence[TrunkEntry]) -
     with calls, ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(load, ordered):
             progress.advance(1)
+
+
+def _bury(session: Session, headers: list[InodeHeader]) -> None:
+    """Numbers between the first of a name and those that were loaded are used, as they were in the saved cluster.
+
+    A name is looked for from its hash up to the first free number. What had the numbers between was deleted, or is not
+    loaded; like any deleted vdi it gets an inode without a name.
+    """
+    have = {header.vdi_id for header in headers}
+    for header in headers:
+        vid = vdi_hash(header.name) or 1
+        while header.name and vid != header.vdi_id:
+            if vid not in have:
+                have.add(vid)
+                _bury_one(session, vid, header)
+            vid = vid % VDIS_MAX + 1
+
+
+def _bury_one(session: Session, vid: int, like: InodeHeader) -> None:
+    copies, policy, shift = like.nr_copies, like.copy_policy, like.block_size_shift
+    variant = VDI_STATE_VARIANT.pack(0, vid, copies, 1, policy, shift)
+    session.simple(OP_NOTIFY_VDI_ADD, variant=variant)
+    nobody = InodeHeader(nr_copies=copies, copy_policy=policy, block_size_shift=shift, vdi_id=vid)
+    volume.write_object(session.call, inode_oid(vid), nobody.pack(), copies=copies, policy=policy, create=True)
+    session.simple(OP_NOTIFY_VDI_DEL, body=vid.to_bytes(4, "little"))
 
 
 def _resume(session: Session, headers: list[InodeHeader]) -> None:

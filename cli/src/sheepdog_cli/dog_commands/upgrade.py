@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 
 from sheepdog.errors import SheepdogError
+from sheepdog_cli.dog_commands import upgrade_store
 from sheepdog_cli.session import EXIT_FAILURE, EXIT_SYSTEM, EXIT_USAGE, Session, complain, fail
 from sheepdog_cli.values import parse_oid
 
@@ -29,6 +30,7 @@ def run(session: Session) -> None:
         "epoch-convert": _epoch,
         "config-convert": _config,
         "object-location": _location,
+        "store-convert": upgrade_store.convert,
     }
     tasks[session.command.name](session)
 

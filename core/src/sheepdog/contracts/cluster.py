@@ -4,9 +4,9 @@ A driver gives membership and one totally ordered broadcast, nothing more; core 
 sections and locks from them.
 
 Ordering, the same for all members: everybody sees the same ``Joined``, ``Left``, ``Delivered`` and ``Updated`` in the
-same order. A member's first event is its own ``Joined``. A sender receives its own broadcasts. Nothing from a node follows
-its ``Left``. A dead member's ``Left`` appears within ``ClusterDriver.detection_s``. There is exactly one ``Left`` per
-death, and a node that comes back under the same identity is seen to leave before it is seen to join again.
+same order. A member's first event is its own ``Joined``. A sender receives its own broadcasts. Nothing from a node
+follows its ``Left``. A dead member's ``Left`` appears within ``ClusterDriver.detection_s``. There is exactly one
+``Left`` per death, and a node that comes back under the same identity is seen to leave before it is seen to join again.
 """
 
 from __future__ import annotations
@@ -99,6 +99,9 @@ class ClusterSession(ABC):
 
 class ClusterDriver(ABC):
     """Made from the text after ``name:`` of ``sheep -c``. Nothing is opened before ``join``."""
+
+    name: str = ""
+    """What ``sheep -c`` calls it; for operators."""
 
     detection_s: float = 1.0
     """Upper bound, in seconds, between a death and the ``Left`` that the others see."""

@@ -92,7 +92,7 @@ class ObjectStore(ABC):
 
     @abstractmethod
     def remove(self, key: ShardKey) -> None:
-        """The live shard is gone.
+        """The live shard is gone. That this survives power loss is for ``sync``.
 
         :raises ObjectNotFound: there was none.
         """
@@ -158,7 +158,7 @@ class ObjectStore(ABC):
     def sync(self, keys: Iterable[ShardKey]) -> None:
         """Everything written to these keys so far survives power loss, with one flush each at most (group commit).
 
-        Keys that are gone meanwhile are skipped.
+        Of keys that were removed the absence survives.
         """
 
     @abstractmethod

@@ -159,7 +159,8 @@ class Admin:
 
     async def _apply_shutdown(self, fields: Fields, sender: NodeId) -> None:
         running = self._state.status is ClusterStatus.OK
-        clean = running and not self._backend.recovery.status().in_recovery
+        recovery = self._backend.recovery.status()
+        clean = running and not recovery.in_recovery and not recovery.unfinished
         self._state.install(status=ClusterStatus.SHUTDOWN)
         if self._state.formatted and running:
             await self._membership.log.write_config(clean=clean)

@@ -53,6 +53,7 @@ class LocalBackend:
         self.store_names = tuple(store_names)
         self.store = store
         self.store_name = store_name
+        self._paths: list[str] = [] if store is None else [disk.path for disk in store.disks()]
         self.shards: Shards | None = None
         self._state = state
         self._lifecycle = lifecycle
@@ -87,27 +88,29 @@ class LocalBackend:
 
         self.store = await self.executor.run(work)
         self.store_name = name
+        self._paths = [disk.path for disk in await self.executor.run(self.store.disks)]
         if self.shards is not None:
             self.shards.replace(self.store)
 
     def device_failed(self, error: StoreDeviceError) -> bool:
         """A disk gave an error: it is taken out; says whether another one is left.
 
-        With the last disk the sheep leaves the cluster.
+        With the last disk the sheep leaves the cluster. Called on the event loop.
         """
         store = self.store
         assert store is not None, "a gateway has no disks"
-        paths = [disk.path for disk in store.disks()]
-        logger.error("disk %s failed: %s", error.path or "(unknown)", error)
-        if error.path is not None and error.path not in paths:
-            return bool(paths)  # taken out by an earlier error
-        if error.path is not None and len(paths) > 1:
+        path = error.path
+        if path is not None and path not in self._paths:
+            return bool(self._paths)  # taken out by an earlier error
+        logger.error("disk %s failed: %s", path or "(unknown)", error)
+        if path is not None and len(self._paths) > 1:
             try:
-                store.remove_disk(error.path)
+                store.remove_disk(path)
             except StoreError as failure:
-                logger.error("disk %s cannot be taken out: %s", error.path, failure)
+                logger.error("disk %s cannot be taken out: %s", path, failure)
             else:
-                self.recovery.membership_changed(self._state.ring, False)
+                self._paths.remove(path)
+                self.recovery.lost_disk()
                 return True
         self._lifecycle.stop(0, "no disks available, going down")
         return False
@@ -119,7 +122,8 @@ class LocalBackend:
         """
         store = self._own_store()
         await self.executor.run(lambda: store.add_disk(path))
-        self.recovery.membership_changed(self._state.ring, False)
+        self._paths.append(_without_slashes(path))
+        self.recovery.disks_changed()
 
     async def unplug(self, path: str) -> None:
         """The directory is not used any more. With the last one the sheep leaves.
@@ -127,14 +131,21 @@ class LocalBackend:
         :raises StoreError: nothing changed.
         """
         store = self._own_store()
-        paths = [disk.path for disk in store.disks()]
-        if paths == [path]:
+        path = _without_slashes(path)
+        if self._paths == [path]:
             self._lifecycle.stop(0, "no disks available, going down")
             return
         await self.executor.run(lambda: store.remove_disk(path))
-        self.recovery.membership_changed(self._state.ring, False)
+        if path in self._paths:
+            self._paths.remove(path)
+        self.recovery.lost_disk()
 
     def _own_store(self) -> ObjectStore:
         if self.store is None:
             raise StoreError("a gateway has no disks")
         return self.store
+
+
+def _without_slashes(path: str) -> str:
+    """The path as a store names it."""
+    return path.rstrip("/") or "/"

@@ -48,9 +48,7 @@ class Changes:
             assert opcode == FORWARD_CREATE, f"opcode 0x{opcode:02x} is no change"
             self._create(oid, offset, data, cow_oid, placement, done)
 
-    def _create(
-        self, oid: int, offset: int, data: Buffer, cow_oid: int, placement: Placement, done: Done
-    ) -> None:
+    def _create(self, oid: int, offset: int, data: Buffer, cow_oid: int, placement: Placement, done: Done) -> None:
         create_now = self._primary.create_now if placement.identical else self._striped.create_now
         whole = placement.object_bytes
 

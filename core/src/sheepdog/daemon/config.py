@@ -109,6 +109,7 @@ class SheepConfig:
     wildcard_recovery: bool = False
     journal: JournalConfig | None = None
     recovery_throttle: Throttle = Throttle()
+    recovery_delay_s: float = 0.0  # wait so long before moving data after a member left
     thread_counts: tuple[tuple[str, int], ...] = ()
     threads_max: int | None = None
     pid_file: str | None = None  # absolute; written and removed by the command line, around the daemon

@@ -24,6 +24,7 @@ from sheepdog.model.clusterinfo import ClusterStatus
 from sheepdog.model.inode import InodeHeader
 from sheepdog.model.ring import Ring
 from sheepdog.model.vdi_state import LockType
+from sheepdog.wire.extensions import DRIVER_STATUS
 from sheepdog.wire.opcodes import Op
 
 
@@ -64,7 +65,7 @@ class Control:
         self.admin = Admin(
             state, self.membership, self.sections, self.barrier, self.vdis, backend, lifecycle, clock, spawn
         )
-        self.info = Info(state, self.membership, backend, peers, log_level=log_level)
+        self.info = Info(state, self.membership, backend, clock, log_level=log_level)
         self.disks = DiskOperations(backend)
         self._register(dispatcher)
 
@@ -132,6 +133,7 @@ class Control:
             dispatcher.task(opcode, task)
         # A sheep that waits for members, or has just been accepted, needs these from others in the same state.
         dispatcher.task(Op.GET_EPOCH, info.get_epoch, force=True)
+        dispatcher.task(DRIVER_STATUS, info.driver_status, force=True)
         dispatcher.task(FETCH_STATE, self.membership.frozen.answer, force=True, unlimited=True)
         dispatcher.task(BARRIER, self.barrier.answer, force=True, unlimited=True)
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TASKS_MAX = 256
+_OBJECT_IO = frozenset({Op.CREATE_AND_WRITE_OBJ, Op.READ_OBJ, Op.WRITE_OBJ, Op.DISCARD_OBJ})
 OBJECT_OPERATIONS = frozenset({Op.CREATE_AND_WRITE_OBJ, Op.READ_OBJ, Op.WRITE_OBJ, Op.REMOVE_OBJ})
 
 PathHandler: TypeAlias = "Callable[[ClientConnection, Request], None]"
@@ -132,6 +133,8 @@ class Dispatcher:
             return
         status = self.state.status
         if status is not ClusterStatus.OK:
+            if status is ClusterStatus.KILLED and opcode in _OBJECT_IO:
+                return  # this sheep ends in a moment: a client resends elsewhere what its connection took along
             refused = self._gate(opcode, status)
             if refused:
                 connection.reply(request, refused)

@@ -1,8 +1,8 @@
 """The gateway: what a sheep does with object requests of its own clients.
 
-Each request is a small object advanced by callbacks. A change goes to the object's primary, a read to the best holder. What
-ends in a retryable way (an epoch moved on, a peer broke) is *parked* and tried again under the next epoch, or after a
-short and growing delay; the client sees only final answers. Nothing here makes a task.
+Each request is a small object advanced by callbacks. A change goes to the object's primary, a read to the best holder.
+What ends in a retryable way (an epoch moved on, a peer broke) is *parked* and tried again under the next epoch, or
+after a short and growing delay; the client sees only final answers. Nothing here makes a task.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import anyio
 from sheepdog.contracts.services import Clock
 from sheepdog.contracts.store import REPLICA, Buffer, ShardKey
 from sheepdog.daemon.outbox import Outbox
-from sheepdog.daemon.peers import PeerPool
+from sheepdog.daemon.peers import LOST, PeerPool
 from sheepdog.daemon.placement import Placement, Placer
 from sheepdog.daemon.primary import RETRYABLE, Primary
 from sheepdog.daemon.shards import Shards
@@ -119,12 +119,15 @@ class Gateway:
         flags = Flag.COW if cow_oid else 0
         self._change(FORWARD_CREATE, oid, offset, data, done, copies, policy, cow_oid, flags, checked, wanted)
 
-    def submit_remove(self, oid: int, done: Callable[[int], None]) -> None:
-        """The object is gone everywhere; NO_OBJ if nobody had it."""
-        self._change(FORWARD_REMOVE, oid, 0, b"", lambda result, _: done(result), 0, 0, 0, 0, False, None)
+    def submit_remove(self, oid: int, done: Callable[[int], None], *, wanted: Callable[[], bool] | None = None) -> None:
+        """The object is gone everywhere; NO_OBJ if nobody had it.
+
+        :param wanted: as in ``submit_write``; important where the object may be made again by others.
+        """
+        self._change(FORWARD_REMOVE, oid, 0, b"", lambda result, _: done(result), 0, 0, 0, 0, False, wanted)
 
     def submit_decref(self, ledger: int, generation: int, count: int, done: Callable[[int], None]) -> None:
-        """A reference to the ledger's data object is dropped."""
+        """A reference to the ledger's data object is dropped, once. EIO: nobody knows whether it was."""
         operation = _Decref(self, ledger, lambda result, _: done(result), 0, 0)
         operation.generation = generation
         operation.count = count
@@ -182,6 +185,16 @@ class Gateway:
             for drain in self._drains:
                 drain.ended(oid)
             self._drains = [drain for drain in self._drains if drain.left]
+
+    @property
+    def changes_in_flight(self) -> int:
+        """Changes that have not ended."""
+        return sum(self._writing.values())
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait to be tried again."""
+        return len(self._parked)
 
     def writing(self, oid: int) -> bool:
         """A change of the object is in flight through this gateway."""
@@ -280,13 +293,15 @@ class _Operation:
 
     def ended(self, epoch: int, result: int, data: Any) -> None:  # Any: as in finish
         """An attempt that began under ``epoch`` is over."""
+        gateway = self.gateway
+        if result == Result.NO_OBJ and gateway.state.epoch != epoch:
+            result = Result.OLD_NODE_VER  # it was not where it belonged before: that says nothing about now
         if result not in RETRYABLE:
             self.finish(result, data)
             return
         if not self.wanted():
             self.finish(result, None)
             return
-        gateway = self.gateway
         now = gateway.now
         self.begun = self.begun or now
         self.attempts += 1
@@ -371,9 +386,14 @@ class _Decref(_Operation):
             epoch=epoch,
             variant=RefRequest(self.oid, self.generation, self.count).pack(),
         )
-        gateway.peers.link(placement.primary).send(
-            request, lambda response: self.ended(epoch, response.result, None)
-        )
+        gateway.peers.link(placement.primary).send(request, partial(self._answered, epoch))
+
+    def _answered(self, epoch: int, response: Response) -> None:
+        if response is LOST:
+            # A reference must not be dropped twice. At worst it stays, and the object with it.
+            self.finish(Result.EIO, None)
+        else:
+            self.ended(epoch, response.result, None)
 
 
 class _Read(_Operation):
@@ -394,22 +414,36 @@ class _Read(_Operation):
             self.finish(Result.HALT, None)
             return
         self.epoch = gateway.state.epoch
-        if not placement.identical:
-            epoch = self.epoch
-            gateway.striped.read(
-                self.oid, self.offset, self.length, placement, lambda result, data: self.ended(epoch, result, data)
-            )
-            return
         self.placement = placement
+        if not placement.identical:
+            gateway.striped.read(self.oid, self.offset, self.length, placement, self._striped_done)
+            return
         own_copy = placement.local and gateway.shards is not None
-        if own_copy and placement.here:
-            self._local()
-        elif own_copy and self.oid not in gateway._writing and self.oid not in gateway.primary.unsettled.oids:
+        if (own_copy and placement.here) or (
+            own_copy and self.oid not in gateway._writing and self.oid not in gateway.primary.unsettled.oids
+        ):
             self._local()
         else:
             self.worst = 0
             self.trying = 0
             self._next_holder()
+
+    def _striped_done(self, result: int, data: Any) -> None:  # Any: the bytes on success
+        recovery = self.gateway.recovery
+        if result == Result.NO_OBJ and recovery is not None and recovery.must_mend(self.oid):
+            # After a change of members strips may still be where they belonged before.
+            recovery.mend(self.oid, self._mended)
+        else:
+            self.ended(self.epoch, result, data)
+
+    def _mended(self, result: int) -> None:
+        if result:
+            self.ended(self.epoch, result, None)
+        else:
+            self.gateway.striped.read(
+                self.oid, self.offset, self.length, self.placement,
+                lambda outcome, data: self.ended(self.epoch, outcome, data),
+            )  # fmt: skip
 
     def _local(self) -> None:
         shards = self.gateway.shards
@@ -443,7 +477,7 @@ class _Read(_Operation):
         if own_copy and gateway.recovery is not None and gateway.recovery.may_find(self.oid):
             gateway.recovery.fetch(self.oid, REPLICA, self._fetched)
             return
-        self.finish(Result.NO_OBJ, None)
+        self.ended(self.epoch, Result.NO_OBJ, None)
 
     def _fetched(self, result: int) -> None:
         if not result:
@@ -462,4 +496,3 @@ class _Read(_Operation):
         if result != Result.NO_OBJ and (not self.worst or result not in RETRYABLE):
             self.worst = result
         self._next_holder()
-

@@ -9,19 +9,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
+import cbor2
+
+from sheepdog.contracts.services import Clock
 from sheepdog.contracts.store import REPLICA, ObjectStore, ShardKey
-from sheepdog.daemon.interfaces import Backend, PeerCaller
+from sheepdog.daemon.interfaces import Backend
 from sheepdog.daemon.membership import Membership
+from sheepdog.daemon.repair import Repairs
 from sheepdog.daemon.state import SheepState
-from sheepdog.errors import InvalidParameters, ObjectNotFound, RequestError
+from sheepdog.errors import InvalidParameters, ObjectNotFound
 from sheepdog.model.clusterinfo import CLUSTER_INFO_BYTES, ClusterInfo, ClusterStatus
 from sheepdog.model.epochs import EPOCH_LOG_HEAD_BYTES, EpochLogEntry, EpochRecord, pack_epoch_log
-from sheepdog.model.ids import always_replicated, is_sparse, object_bytes, vid_of
-from sheepdog.model.limits import BLOCK_SIZE_SHIFT_DEFAULT, VDI_BITMAP_BYTES
-from sheepdog.model.node import NODE_BYTES, NodeId, pack_nodes
+from sheepdog.model.ids import always_replicated, vid_of
+from sheepdog.model.limits import VDI_BITMAP_BYTES
+from sheepdog.model.node import NODE_BYTES, pack_nodes
 from sheepdog.model.vdi_state import VDI_STATE_BYTES, pack_vdi_states
 from sheepdog.wire.header import Request, Response
-from sheepdog.wire.opcodes import SHEEP_PROTO_VER, Op
 from sheepdog.wire.payloads import (
     RECOVERY_STATE_BYTES,
     STAT_BYTES,
@@ -71,7 +74,7 @@ class Info:
         state: SheepState,
         membership: Membership,
         backend: Backend,
-        peers: PeerCaller,
+        clock: Clock,
         *,
         log_level: int = LOG_LEVEL_DEFAULT,
     ) -> None:
@@ -79,8 +82,9 @@ class Info:
         self._state = state
         self._membership = membership
         self._backend = backend
-        self._peers = peers
+        self._clock = clock
         self._log_level = log_level
+        self.repairs: Repairs | None = None  # set where objects are stored
 
     # ---- the cluster
 
@@ -115,6 +119,12 @@ class Info:
                 nodes=self._membership.epoch_nodes,
             ).pack()
         )
+
+    async def driver_status(self, request: Request) -> Response:
+        """DRIVER_STATUS: the session with the cluster driver, and the members as this sheep sees them, oldest first."""
+        status = await self._membership.driver_status(self._clock.monotonic)
+        status["members"] = [member.node.id.text for member in self._membership.members()]
+        return _sized(request, cbor2.dumps(status))
 
     async def stat_cluster(self, request: Request) -> Response:
         """STAT_CLUSTER: the newest epochs, as many as fit; the result is the status of the cluster."""
@@ -329,31 +339,14 @@ class Info:
         return Response(variant=HashResponse(await self._backend.executor.run(work)).pack())
 
     async def repair_replica(self, request: Request) -> Response:
-        """REPAIR_REPLICA: the copy held here becomes that of another node."""
-        wanted = ForwRequest.unpack(request.variant or b"")
-        oid = wanted.oid
-        store = self._backend.store
-        if store is None:
+        """REPAIR_REPLICA: the copy held here becomes that of the majority.
+
+        The node that the request names as source is not asked: what the client saw may be out of date (see ``repair``).
+        """
+        oid = ForwRequest.unpack(request.variant or b"").oid
+        if self.repairs is None or self._backend.store is None:
             return Response(Result.NO_OBJ)
-        if list(self._indexes(oid)) != [REPLICA]:
-            raise InvalidParameters(f"oid={oid:016x} is stored in strips, which are rebuilt, not copied")
-        known = self._state.vdis.scheme_of(vid_of(oid))
-        shift = known[2] if known is not None else self._state.block_size_shift or BLOCK_SIZE_SHIFT_DEFAULT
-        size = object_bytes(oid, shift)
-        response = await self._peers.call(
-            NodeId(wanted.address, wanted.port),
-            Request(Op.READ_PEER, proto=SHEEP_PROTO_VER, epoch=self._state.epoch, oid=oid, data_length=size),
-        )
-        if response.result != Result.SUCCESS:
-            raise RequestError(f"oid={oid:016x} cannot be read there", result=response.result)
-        body = response.body
-        await self._backend.executor.run(
-            lambda: store.create(
-                ShardKey(oid, REPLICA), body, offset_bytes=0, size_bytes=size, sparse=is_sparse(oid), durable=True
-            )
-        )
-        logger.info("oid=%016x was repaired", oid)
-        return Response()
+        return await self.repairs.repair(oid)
 
 
 def _all_oids(store: ObjectStore) -> list[int]:

@@ -60,12 +60,16 @@ class Gateway(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RecoveryStatus:
-    """What STAT_RECOVERY shows. ``phase``: 0 preparing the list, 1 recovering, 2 notifying."""
+    """What STAT_RECOVERY shows. ``phase``: 0 preparing the list, 1 recovering, 2 notifying.
+
+    ``unfinished``: something is still missing here, even if recovery is switched off or can do no more at present.
+    """
 
     in_recovery: bool = False
     phase: int = 0
     finished: int = 0
     total: int = 0
+    unfinished: bool = False
 
 
 class Recovery(Protocol):

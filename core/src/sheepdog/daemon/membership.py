@@ -290,6 +290,8 @@ class Membership(SessionKeeper):
                 self.sections.delivered_release(event.sender, token)
             elif kind == messages.READY:
                 self.frozen.drop(sender.greeting.nonce)
+            elif kind == messages.PING:
+                pass
             elif kind == messages.STAMP:
                 await self.log.stamped(fields.get("e"))
             else:

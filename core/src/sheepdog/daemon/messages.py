@@ -28,6 +28,7 @@ RELEASE = "release"  # leave the section, or the queue, without a change
 INVENTORY = "inventory"  # volumes that the joining sender knows from its own disks
 WELCOME = "welcome"
 REFUSE = "refuse"
+PING = "ping"  # means nothing: its sender measures how long it takes to come back
 STAMP = "stamp"  # the wall-clock time of an epoch, so that every member records the same
 
 Fields = dict[str, Any]  # Any: CBOR carries ints, bytes, text, lists and maps

@@ -1,8 +1,8 @@
 """Output of one pass, written once.
 
-Whatever enters the daemon (bytes on a connection, completions of worker threads, a timer) runs as one *pass*. Connections
-that queue output during a pass register here and are flushed when the pass ends, so that the replies to everything one
-receive brought leave in one write. Outside a pass output leaves at once.
+Whatever enters the daemon (bytes on a connection, completions of worker threads, a timer) runs as one *pass*.
+Connections that queue output during a pass register here and are flushed when the pass ends, so that the replies to
+everything one receive brought leave in one write. Outside a pass output leaves at once.
 """
 
 from __future__ import annotations

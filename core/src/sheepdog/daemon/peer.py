@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sheepdog.contracts.store import REPLICA, ShardKey
+from sheepdog.daemon import striped_undo
 from sheepdog.daemon.changes import Changes
 from sheepdog.daemon.coherence import Coherence
 from sheepdog.daemon.dispatch import Dispatcher
@@ -22,14 +23,16 @@ from sheepdog.daemon.shards import Shards
 from sheepdog.daemon.state import SheepState
 from sheepdog.daemon.stats import Stats
 from sheepdog.daemon.unsettled import Unsettled
-from sheepdog.model.ids import always_replicated, is_sparse, vid_of
+from sheepdog.model.ids import always_replicated, is_ledger, is_sparse, vid_of
 from sheepdog.model.inode import SHORT_INODE_BYTES
 from sheepdog.wire.extensions import (
     FORWARD_CREATE,
     FORWARD_DECREF,
+    FORWARD_READ,
     FORWARD_REMOVE,
     FORWARD_WRITE,
     LOW_WATER,
+    RECOVERY_POINT,
     SETTLE,
 )
 from sheepdog.wire.header import Request
@@ -90,9 +93,14 @@ class ObjectOperations:
             (FORWARD_REMOVE, self._forward_change),
             (FORWARD_DECREF, self._forward_decref),
             (SETTLE, self._settle),
+            (FORWARD_READ, self._forward_read),
         ):
             path(opcode, self._at_epoch(serve))
-        path(LOW_WATER, self._low_water)
+        striped_undo.register(
+            gateway.striped.undo, lambda opcode, serve: path(opcode, self._at_epoch(serve)), self._peer_answer
+        )
+        path(LOW_WATER, self._low_water, force=True)  # also from a sheep that serves already, to one that does not yet
+        path(RECOVERY_POINT, self._recovery_point)
 
     # ---- clients
 
@@ -128,6 +136,9 @@ class ObjectOperations:
             return
 
         def submit() -> None:
+            if not connection.open:
+                answer(Result.NETWORK_ERROR, None)
+                return
             self._gateway.submit_write(
                 request.oid, request.offset, request.body, answer, copies=request.copies, policy=request.copy_policy,
                 wanted=connection.is_open,
@@ -158,12 +169,15 @@ class ObjectOperations:
     def _remove_obj(self, connection: ClientConnection, request: Request) -> None:
         self._stats.gateway_began(request)
         answer = self._answer(connection, request)
-        self._gateway.submit_remove(request.oid, lambda result: answer(result, None))
+        self._gateway.submit_remove(request.oid, lambda result: answer(result, None), wanted=connection.is_open)
 
     def _decref_obj(self, connection: ClientConnection, request: Request) -> None:
         self._stats.gateway_began(request)
         answer = self._answer(connection, request)
         ref = RefRequest.unpack(request.variant or b"")
+        if not is_ledger(ref.oid):
+            answer(Result.INVALID_PARMS, None)
+            return
         self._gateway.submit_decref(ref.oid, ref.generation, ref.count, lambda result: answer(result, None))
 
     def _answer(self, connection: ClientConnection, request: Request) -> Callable[[int, Any], None]:
@@ -184,6 +198,7 @@ class ObjectOperations:
 
         def gate(connection: ClientConnection, request: Request) -> None:
             epoch = request.epoch
+            connection.limited = False
             if epoch == state.epoch:
                 if gateway.alive():
                     stats.peer_began(request)
@@ -217,7 +232,7 @@ class ObjectOperations:
 
         def done(result: int, data: Any) -> None:  # Any: the bytes of a read
             stats.peer_active -= 1
-            if not result and state.epoch != epoch:
+            if state.epoch != epoch and (not result or result == Result.NO_OBJ):
                 result = Result.OLD_NODE_VER
             if result or not read:
                 connection.reply(request, result)
@@ -225,6 +240,24 @@ class ObjectOperations:
                 connection.reply(request, 0, b"", data)
 
         return done
+
+    def _version_answer(self, connection: ClientConnection, request: Request) -> Callable[[int, Any, bytes], None]:
+        stats = self._stats
+        state = self._state
+        epoch = state.epoch
+
+        def done(result: int, data: Any, variant: bytes) -> None:  # Any: the bytes on success
+            stats.peer_active -= 1
+            if state.epoch != epoch:
+                connection.reply(request, Result.OLD_NODE_VER)
+            else:
+                connection.reply(request, result, variant, b"" if result else data)
+
+        return done
+
+    def _recovery_point(self, connection: ClientConnection, request: Request) -> None:
+        assert self.recovery is not None
+        connection.reply(request, *self.recovery.point(request))
 
     def _local(self, connection: ClientConnection, request: Request) -> Shards | None:
         if self._shards is None:
@@ -254,11 +287,12 @@ class ObjectOperations:
         recovery = self.recovery
         if request.flags & Flag.RECOVERY:
             assert recovery is not None, "a sheep with a store has recovery"
-            recovery.serve(key, request, answer)
+            recovery.serve(key, request, self._version_answer(connection, request))
             return
 
         def done(result: int, data: Any) -> None:  # Any: the bytes on success
-            if result == Result.NO_OBJ and recovery is not None and recovery.may_find(key.oid):
+            # A missing strip is not waited for: it is computed from others here, and mended by the object's primary.
+            if result == Result.NO_OBJ and key.index == REPLICA and recovery is not None and recovery.may_find(key.oid):
                 recovery.fetch(key.oid, key.index, fetched)
             else:
                 answer(result, data)
@@ -276,7 +310,25 @@ class ObjectOperations:
         if shards is None:
             return
         self._unsettled.applied(connection.applied, request.cow_oid, request.oid, request.tail)
-        shards.write(self._key(request), request.offset, request.body, self._peer_answer(connection, request))
+        key = self._key(request)
+        answer = self._peer_answer(connection, request)
+        if key.index == REPLICA:
+            shards.write(key, request.offset, request.body, answer)
+            return
+        holders = self._gateway.placer.placement(request.oid, request.copies, request.copy_policy).holders
+        self._gateway.striped.undo.write(
+            key, request.offset, request.body, request.cow_oid, request.tail, holders, answer
+        )
+
+    def _forward_read(self, connection: ClientConnection, request: Request) -> None:
+        placement = self._gateway.placer.placement(request.oid, request.copies, request.copy_policy)
+        answer = self._peer_answer(connection, request, read=True)
+        if not placement.here:
+            answer(Result.NETWORK_ERROR, None)
+        elif request.data_length > READ_BYTES_MAX:
+            answer(Result.INVALID_PARMS, None)
+        else:
+            self._gateway.striped.read_computed(request.oid, request.offset, request.data_length, placement, answer)
 
     def _create_peer(self, connection: ClientConnection, request: Request) -> None:
         shards = self._local(connection, request)
@@ -288,6 +340,7 @@ class ObjectOperations:
         if request.copy_policy and not placement.scheme.identical:
             size = placement.scheme.shard_bytes(size)
         size = max(size, request.offset + len(request.body))
+        self._gateway.striped.undo.forget(request.oid)
         shards.create(
             self._key(request), request.offset, request.body, size, is_sparse(request.oid),
             self._peer_answer(connection, request),
@@ -298,6 +351,7 @@ class ObjectOperations:
         if shards is None:
             return
         self._unsettled.settled(request.oid)
+        self._gateway.striped.undo.forget(request.oid)
         shards.remove(self._key(request), self._peer_answer(connection, request))
 
     def _forward_change(self, connection: ClientConnection, request: Request) -> None:
@@ -318,7 +372,15 @@ class ObjectOperations:
     def _forward_decref(self, connection: ClientConnection, request: Request) -> None:
         ref = RefRequest.unpack(request.variant or b"")
         placement = self._gateway.placer.placement(ref.oid)
-        answer = self._peer_answer(connection, request)
+
+        def answer(result: int, _: object) -> None:
+            # Not refused for a new epoch once it is done: a reference must not be dropped twice.
+            self._stats.peer_active -= 1
+            connection.reply(request, result)
+
+        if not is_ledger(ref.oid):
+            answer(Result.INVALID_PARMS, None)
+            return
         if not placement.here:
             answer(Result.NETWORK_ERROR, None)
             return
@@ -328,6 +390,8 @@ class ObjectOperations:
 
     def _settle(self, connection: ClientConnection, request: Request) -> None:
         answer = self._peer_answer(connection, request)
+        if request.offset:
+            self._unsettled.oids[request.oid] = None  # its shards may differ, says a holder; else one is missing
         self._primary.settle(request.oid, lambda result: answer(result, None))
 
     def _low_water(self, connection: ClientConnection, request: Request) -> None:

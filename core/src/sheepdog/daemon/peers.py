@@ -1,8 +1,8 @@
 """Connections to the other sheep: one per node, multiplexed by request id.
 
-A request is a callback: ``done(response)`` is called exactly once, with result NETWORK_ERROR when no answer came. Requests
-to one node are sent, and arrive, in the order they were made, which is what keeps the copies of an object in step
-(see ``primary``). The connection is made when first needed; an idle one stays.
+A request is a callback: ``done(response)`` is called exactly once, with result NETWORK_ERROR when no answer came.
+Requests to one node are sent, and arrive, in the order they were made, which is what keeps the copies of an object in
+step (see ``primary``). The connection is made when first needed; an idle one stays.
 
 ``tail`` of a request carries the low-water mark of this connection's completed writes (see ``unsettled``).
 """
@@ -33,12 +33,16 @@ RETRY_S = 0.2  # between attempts to reach a node that refused
 
 Answer: TypeAlias = Callable[[Response], None]
 
+# Given in place of an answer, compared by identity: the connection broke, and the request may have been carried out.
+LOST = Response(Result.NETWORK_ERROR)
+
 
 class PeerLink:
     """The connection to one node."""
 
     __slots__ = (
-        "_channel", "_connecting", "_failed_at", "_forgotten", "_next_id", "_output", "_pending", "_pool", "decoder", "node",
+        "_channel", "_connecting", "_failed_at", "_forgotten", "_next_id", "_output", "_pending", "_pool", "decoder",
+        "node",
     )  # fmt: skip
 
     def __init__(self, pool: PeerPool, node: NodeId) -> None:
@@ -146,7 +150,7 @@ class PeerLink:
                         logger.debug("node=%s is not reachable: %s", self.node.text, error)
             self._failed_at = self._pool.clock.monotonic()
             self._connecting = False  # first: who is told of the failure may try again at once
-            self._lost()
+            self._lost(Response(Result.NETWORK_ERROR))
         finally:
             self._connecting = False
 
@@ -182,14 +186,14 @@ class PeerLink:
 
     def closed(self, error: Exception | None) -> None:
         self._channel = None
-        self._lost()
+        self._lost(LOST)
 
-    def _lost(self) -> None:
+    def _lost(self, response: Response) -> None:
         pending, self._pending = self._pending, {}
         self._output = []
         with self._pool.outbox:
             for done, _ in pending.values():
-                done(Response(Result.NETWORK_ERROR))
+                done(response)
 
     def forget(self) -> None:
         """The node is no member any more."""
@@ -206,7 +210,9 @@ class PeerLink:
         if self._pending and self._channel is not None:
             _, since = next(iter(self._pending.values()))
             if now - since > ANSWER_S:
-                logger.warning("node=%s has not answered for %.0f s, closing the connection", self.node.text, now - since)
+                logger.warning(
+                    "node=%s has not answered for %.0f s, closing the connection", self.node.text, now - since
+                )
                 self.abort()
 
     @property
@@ -267,4 +273,3 @@ class PeerPool:
         """All connections end at once."""
         for link in self._links.values():
             link.abort()
-

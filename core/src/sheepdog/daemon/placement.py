@@ -29,12 +29,13 @@ class Placement:
 
     __slots__ = (
         "copies", "here", "holders", "identical", "index", "links", "local", "object_bytes", "others", "policy",
-        "primary", "primary_link", "scheme", "short",
+        "primary", "primary_link", "ring", "scheme", "short",
     )  # fmt: skip
 
     def __init__(
-        self, holders: tuple[Node, ...], me: NodeId, scheme: RedundancyScheme, bytes_: int, peers: PeerPool
+        self, ring: Ring, holders: tuple[Node, ...], me: NodeId, scheme: RedundancyScheme, bytes_: int, peers: PeerPool
     ) -> None:
+        self.ring = ring  # what this is valid for
         self.holders = tuple(node.id for node in holders)
         self.scheme = scheme
         self.policy = scheme.policy
@@ -87,7 +88,9 @@ class Placer:
         if always_replicated(oid):
             policy = 0
         scheme = self._scheme_of(policy, copies)
-        made = Placement(ring.holders(oid, scheme.shards), state.me.id, scheme, object_bytes(oid, shift), self._peers)
+        made = Placement(
+            ring, ring.holders(oid, scheme.shards), state.me.id, scheme, object_bytes(oid, shift), self._peers
+        )
         self._cache[oid] = (made, asked)
         return made
 

@@ -1,11 +1,14 @@
 """The primary of an object: puts the changes to it in order and brings them to every holder.
 
-Every change of an object goes through the first node of its placement. Changes of one object share a *lane*: plain writes
-of replicated objects follow each other without waiting for answers, because a holder applies what comes over one
+Every change of an object goes through the first node of its placement. Changes of one object share a *lane*: plain
+writes of replicated objects follow each other without waiting for answers, because a holder applies what comes over one
 connection in the order it comes; whatever reads before it writes (creates, erasure-coded writes, map writes, removals,
 settling) runs alone in its lane. So two gateways can never leave two copies in different states.
 
 A change that reached only some holders marks the object as unsettled (see ``unsettled``).
+
+A sheep learns of a new epoch in its own time. Until then it answers reads from copies that may not be among the
+object's holders any more; so a change waits until every former holder is known to have come to the present epoch.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from sheepdog.contracts.store import REPLICA, Buffer, ShardKey
 from sheepdog.daemon.peers import PeerPool
@@ -22,8 +25,10 @@ from sheepdog.daemon.placement import Placement, Placer
 from sheepdog.daemon.shards import INLINE_BYTES_MAX, Shards
 from sheepdog.daemon.state import SheepState
 from sheepdog.daemon.unsettled import Unsettled
+from sheepdog.model.clusterinfo import ClusterStatus
 from sheepdog.model.ids import is_sparse
 from sheepdog.model.node import NodeId
+from sheepdog.model.ring import Ring
 from sheepdog.wire.extensions import LOW_WATER
 from sheepdog.wire.header import Response
 from sheepdog.wire.opcodes import Op
@@ -33,6 +38,8 @@ if TYPE_CHECKING:
     from sheepdog.daemon.recovery import Recovery
 
 logger = logging.getLogger(__name__)
+
+FORMER_MAX = 64
 
 Done: TypeAlias = Callable[[int], None]
 Start: TypeAlias = Callable[[Done], None]
@@ -65,9 +72,10 @@ class _Lane:
 class FanOut:
     """Collects the results of one change at its holders and answers when the last is in."""
 
-    __slots__ = ("_done", "_left", "_sequence", "_unsettled", "missing", "result", "succeeded")
+    __slots__ = ("_count", "_done", "_left", "_sequence", "_unsettled", "missing", "result", "succeeded")
 
     def __init__(self, count: int, unsettled: Unsettled, oid: int, done: Done) -> None:
+        self._count = count
         self._left = count
         self._done = done
         self._unsettled = unsettled
@@ -101,7 +109,13 @@ class FanOut:
         if self.missing and not result:
             # Some have the object and some do not: settling gives it to all, then the gateway's retry succeeds.
             result = Result.NETWORK_ERROR if self.succeeded else Result.NO_OBJ
-        self._unsettled.end(self._sequence, complete=not result or not self.succeeded)
+        # Whoever did not answer, or answered from a newer epoch, may have applied it nevertheless.
+        self._unsettled.end(self._sequence, complete=not result or self.missing == self._count)
+        self._done(result)
+
+    def unsent(self, result: int) -> None:
+        """Instead of all results: no holder has heard of the change."""
+        self._unsettled.end(self._sequence, complete=True)
         self._done(result)
 
 
@@ -124,6 +138,11 @@ class Primary:
         self.unsettled = unsettled
         self.recovery = recovery
         self._lanes: dict[int, _Lane] = {}
+        self._ring = state.ring
+        self._former: list[Ring] = []  # older rings; an empty one stands for those that are not known here
+        self._behind: dict[NodeId, None] = {}  # sheep of which we do not know that they have left the older rings
+        self._asking: set[NodeId] = set()
+        state.observe(self._changed)
         self._told: dict[NodeId, int] = {}  # the low-water mark that each holder heard last
 
     @property
@@ -163,9 +182,64 @@ class Primary:
         """A change of this object is under way."""
         return oid in self._lanes
 
+    @property
+    def lanes(self) -> int:
+        """Objects of which changes are under way."""
+        return len(self._lanes)
+
     def ended_at(self, epoch: int, result: int) -> int:
         """A change that ended under a newer epoch may have missed a new holder: the gateway repeats it there."""
         return result if result or self._state.epoch == epoch else Result.OLD_NODE_VER
+
+    def refusal(self, oid: int, placement: Placement) -> int:
+        """Why a change cannot be made now at the holders of ``placement``; 0 if it can."""
+        state = self._state
+        if placement.ring is not state.ring or state.status is not ClusterStatus.OK:
+            return Result.OLD_NODE_VER  # while the change waited for its turn an epoch began, or our session ended
+        if self._behind and self._served_elsewhere(oid, placement):
+            return Result.NETWORK_ERROR
+        return 0
+
+    # ---- the beginning of an epoch
+
+    def _changed(self) -> None:
+        """With a new ring, other sheep may go on under an older one for a moment."""
+        state = self._state
+        ring, self._ring = self._ring, state.ring
+        if ring is self._ring:
+            return
+        self._former.append(ring)
+        if len(self._former) > FORMER_MAX:
+            self._former = [Ring(())]
+        self._behind = dict.fromkeys(node.id for node in self._ring.storage if node.id != state.me.id)
+        self._ask_behind()
+
+    def _served_elsewhere(self, oid: int, placement: Placement) -> bool:
+        """A former holder may still answer reads of ``oid`` from its copy, which the change would not reach."""
+        behind = [node for node in self._behind if node not in placement.holders]
+        if not behind:
+            return False  # who holds it now answers the change only when it has come to this epoch
+        shards = placement.scheme.shards
+        return any(
+            not ring.storage or any(node.id in behind for node in ring.holders(oid, shards)) for ring in self._former
+        )
+
+    def _ask_behind(self) -> None:
+        """Every answer tells the epoch of who gives it."""
+        low_water = self.unsettled.low_water
+        for node in list(self._behind):
+            if node not in self._asking:
+                self._asking.add(node)
+                self._peers.link(node).object_request(
+                    LOW_WATER, self._state.epoch, 0, partial(self._epoch_told, node), tail=low_water
+                )
+
+    def _epoch_told(self, node: NodeId, response: Response) -> None:
+        self._asking.discard(node)
+        if response.result != Result.NETWORK_ERROR and (response.epoch - self._state.epoch) & 0xFFFFFFFF < 0x80000000:
+            self._behind.pop(node, None)
+            if not self._behind:
+                self._former.clear()
 
     # ---- replicated objects
 
@@ -176,6 +250,10 @@ class Primary:
 
     def write_now(self, oid: int, offset: int, data: Buffer, placement: Placement, done: Done) -> None:
         """As ``write``, for a caller that is in the lane already."""
+        refused = self.refusal(oid, placement)
+        if refused:
+            done(refused)
+            return
         epoch = self._state.epoch
         others = placement.links
         key = ShardKey(oid, REPLICA)
@@ -193,7 +271,7 @@ class Primary:
         self.shards.write(key, offset, data, local)
         sending = True
         if answered_early and answered_early[0]:
-            self._local_write_failed(answered_early[0], fan, len(others), oid, offset, data, placement, done)
+            self._local_write_failed(answered_early[0], fan, oid)
             return
         for link in others:
             link.object_request(
@@ -203,19 +281,12 @@ class Primary:
         if answered_early:
             fan.one(self.ended_at(epoch, 0))
 
-    def _local_write_failed(
-        self, result: int, fan: FanOut, others: int, oid: int, offset: int, data: Buffer, placement: Placement, done: Done
-    ) -> None:
-        def fetched(outcome: int) -> None:
-            # Nothing was sent: the fan-out ends as a change that reached nobody.
-            fan.one(result if outcome else Result.NETWORK_ERROR)
-            for _ in range(others):
-                fan.one(result if outcome else Result.NETWORK_ERROR)
-
+    def _local_write_failed(self, result: int, fan: FanOut, oid: int) -> None:
         if result == Result.NO_OBJ and self.recovery is not None:
-            self.recovery.fetch(oid, REPLICA, fetched)
+            # Once it is here the gateway's retry succeeds.
+            self.recovery.fetch(oid, REPLICA, lambda outcome: fan.unsent(outcome or Result.NETWORK_ERROR))
         else:
-            fetched(result)
+            fan.unsent(result)
 
     def create(self, oid: int, offset: int, data: Buffer, placement: Placement, done: Done) -> None:
         """The object exists at every holder, zeros but for ``data``; an older one is replaced."""
@@ -223,6 +294,10 @@ class Primary:
 
     def create_now(self, oid: int, offset: int, data: Buffer, placement: Placement, done: Done) -> None:
         """As ``create``, for a caller that is in the lane already."""
+        refused = self.refusal(oid, placement)
+        if refused:
+            done(refused)
+            return
         epoch = self._state.epoch
         fan = FanOut(1 + len(placement.others), self.unsettled, oid, done)
         for link in placement.links:
@@ -241,6 +316,10 @@ class Primary:
         self.enter(oid, True, lambda finish: self.remove_now(oid, placement, finish), done)
 
     def remove_now(self, oid: int, placement: Placement, done: Done) -> None:
+        refused = self.refusal(oid, placement)
+        if refused:
+            done(refused)
+            return
         epoch = self._state.epoch
         identical = placement.scheme.identical
 
@@ -264,72 +343,25 @@ class Primary:
     # ---- settling
 
     def settle(self, oid: int, done: Done) -> None:
-        """Every holder has the primary's content (replicated objects)."""
-        placement = self._placer.placement(oid)
-        if placement.primary != self._state.me.id:
+        """Every holder has the same version of the object (see ``recovery_settle``)."""
+        mender = self.recovery.mender if self.recovery is not None else None
+        if mender is None:
             done(Result.OLD_NODE_VER)
             return
-        self.enter(oid, True, lambda finish: self._settle_now(oid, placement, finish), done)
-
-    def _settle_now(self, oid: int, placement: Placement, done: Done) -> None:
-        key = ShardKey(oid, REPLICA)
-        store = self.shards.store
-
-        def read() -> bytearray:
-            buffer = bytearray(store.size(key))
-            store.read_into(key, memoryview(buffer), offset_bytes=0)
-            return buffer
-
-        def have(result: int, content: Any) -> None:  # Any: the bytearray that read() made
-            if result == Result.NO_OBJ and self.recovery is not None:
-                self.recovery.fetch(oid, REPLICA, fetched)
-            elif result:
-                done(result)
-            else:
-                push(content)
-
-        def fetched(result: int) -> None:
-            if result == Result.NO_OBJ:
-                self.unsettled.settled(oid)  # nobody has it: removed, or never completely created
-                done(0)
-            elif result:
-                done(result)
-            else:
-                self.shards.submit(read, have)
-
-        def push(content: bytearray) -> None:
-            if not placement.others:
-                pushed(0)
-                return
-            epoch = self._state.epoch
-            fan = FanOut(len(placement.others), self.unsettled, oid, pushed)
-            for link in placement.links:
-                link.object_request(
-                    Op.CREATE_AND_WRITE_PEER, epoch, oid, fan.answered, body=content, copies=placement.copies,
-                    copy_policy=placement.policy, tail=self.unsettled.low_water,
-                )  # fmt: skip
-
-        def pushed(result: int) -> None:
-            if not result:
-                self.unsettled.settled(oid)
-                logger.info("settled oid=%016x on %d nodes", oid, len(placement.holders))
-            done(result)
-
-        self.shards.submit(read, have)
+        self.enter(oid, True, partial(mender.settle, oid), done)
 
     # ---- now and then
 
     def tick(self) -> None:
-        """Holders that have had nothing from us since are told the low-water mark."""
+        """Holders that have had nothing from us since are told the low-water mark; who may be behind is asked."""
+        if self._behind:
+            self._ask_behind()
         low_water = self.unsettled.low_water
         for node in self._state.ring.nodes:
             if node.id != self._state.me.id and self._told.get(node.id, 1) != low_water:
                 self._told[node.id] = low_water
-                self._peers.link(node.id).object_request(
-                    LOW_WATER, self._state.epoch, 0, _ignore, tail=low_water
-                )
+                self._peers.link(node.id).object_request(LOW_WATER, self._state.epoch, 0, _ignore, tail=low_water)
 
 
 def _ignore(_: Response) -> None:
     """The low-water mark needs no answer."""
-

@@ -1,39 +1,53 @@
 """Brings back to this sheep what it should hold and does not.
 
-After each change of membership: what the new ring no longer assigns here is set aside in the stale area, the other members'
-object lists tell what exists, and every object that belongs here and is missing is fetched. A live copy at a present
-holder is the best source, for it receives every write; then come the holders of older epochs, newest first, and their
-stale copies; last, any stale copy that any member has, if a volume still refers to the object.
+After each change of membership, disks or number of copies:
 
-A request that needs an object which is still missing has it fetched at once, out of turn. A fetched object never replaces
-one that appeared meanwhile: a write that missed us was not acknowledged, and is settled by its primary.
+1. *Set aside.* What the ring does not assign to this sheep any more goes to the stale area, under the last epoch in
+   which it was valid. If several epochs went by before that was done, a shard must have belonged here in each of
+   them: it missed changes otherwise. Until this is checked, requests for such shards are answered "try again"
+   (``Shards.gate``).
+2. *List.* All members say what they have, live and set aside. What belongs here and is not here is to be recovered.
+3. *Recover.* Each shard is found (``recovery_fetch``) and stored; strips are mended by their primary
+   (``recovery_settle``). Inodes come first. A request that needs a shard that is still missing has it fetched at
+   once, out of turn.
+4. *Finish.* Every member announces when nothing it should have is missing. When all have, what was set aside goes.
+
+A fetched shard never replaces one that appeared meanwhile: a write that missed us was not acknowledged, and is
+settled by its primary. A removal that comes while a shard is fetched, or after it was set aside, wins over the old
+versions.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from functools import partial
-from struct import iter_unpack
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import anyio
 
 from sheepdog.contracts.services import Clock, Executor
-from sheepdog.contracts.store import REPLICA, Buffer, ShardKey
+from sheepdog.contracts.store import REPLICA, Buffer, ObjectStore, ShardKey
 from sheepdog.daemon.interfaces import RecoveryStatus
 from sheepdog.daemon.outbox import Outbox
 from sheepdog.daemon.peers import PeerPool
 from sheepdog.daemon.placement import Placement, Placer
+from sheepdog.daemon.recovery_aside import Aside
+from sheepdog.daemon.recovery_fetch import LIVE, VERSION, Finder, Found, RingOf, StaleIndex, VersionReader
+from sheepdog.daemon.recovery_list import LIST_RETRY_S, Lister
+from sheepdog.daemon.recovery_notes import Notes, Progress
+from sheepdog.daemon.recovery_settle import Mender, digest_at
+from sheepdog.daemon.recovery_wanted import Wanted
 from sheepdog.daemon.shards import Shards
 from sheepdog.daemon.state import SheepState
-from sheepdog.errors import ObjectNotFound, RequestError, SheepdogError, TransportError
-from sheepdog.model.ids import index_of, inode_oid, is_data, is_ledger, is_sparse, vid_of
-from sheepdog.model.inode import MAP_OFFSET
+from sheepdog.daemon.unsettled import Unsettled
+from sheepdog.errors import ObjectNotFound, RequestError, SheepdogError, StoreDeviceError
+from sheepdog.model.ids import is_data, is_sparse
 from sheepdog.model.node import NodeId
 from sheepdog.model.ring import Ring
-from sheepdog.wire.header import Request, Response
-from sheepdog.wire.opcodes import Flag, Op
+from sheepdog.wire.extensions import SETTLE
+from sheepdog.wire.header import Request
+from sheepdog.wire.opcodes import Flag
 from sheepdog.wire.results import Result
 
 if TYPE_CHECKING:
@@ -43,15 +57,10 @@ logger = logging.getLogger(__name__)
 
 PREPARING, RECOVERING, NOTIFYING = 0, 1, 2
 PARALLEL_PER_DISK = 2
-LIST_BYTES_FIRST = 1 << 20
-LIST_BYTES_MAX = 64 << 20
 RETRY_S = 0.5
-LIST_RETRY_S = 0.05
-PIECE_BYTES = 4 << 20
-STORE_POLICY_OFFSET = 553  # in the inode; not 0 for a hyper volume
+COMPARE_BYTES_MIN = 64 << 10  # from here on asking for a digest is cheaper than fetching what we may have already
 
 Fetched: TypeAlias = Callable[[int], None]
-RingOf: TypeAlias = Callable[[int], Awaitable[Ring | None]]  # of an epoch; None when nobody knows it
 
 
 class Recovery:
@@ -70,7 +79,13 @@ class Recovery:
         *,
         disks: int = 1,
         wildcard: bool = False,
+        notes: Notes | None = None,
+        delay_s: float = 0.0,
     ) -> None:
+        """
+        :param wildcard: the first recovery takes the newest version that any member has, in doubt too.
+        :param delay_s: wait so long before moving data after a member left; it may be back soon.
+        """
         self._state = state
         self._shards = shards
         self._placer = placer
@@ -80,82 +95,180 @@ class Recovery:
         self._outbox = outbox
         self._spawn = spawn
         self._parallel = PARALLEL_PER_DISK * max(1, disks)
-        self._wildcard = wildcard
-        self.gateway: Gateway | None = None
-        self.ring_of: RingOf = _no_ring
+        self.wildcard = wildcard
+        self.unsettled = Unsettled()  # that of the primary, once there is one
+        self._notes = notes if notes is not None else Notes()
+        self._delay_s = delay_s
+        self._index = StaleIndex(self._store)
+        reader = VersionReader(self._store, self._index) if shards is not None else None
+        self._reader = reader
+        self.finder = Finder(state, peers, executor, outbox, reader, lambda: self._progress.lossy)
+        self.wanted_objects = Wanted(state, outbox)
+        self._lister = Lister(state, peers, placer, self.finder)
+        self.mender: Mender | None = None
+        self._aside: Aside | None = None
+        if shards is not None:
+            self._aside = Aside(state, shards, placer, executor, self._index, self.finder.ring, self._in_lane)
+            self.mender = Mender(self, self.finder, state, placer, shards, executor, outbox, spawn)
+            shards.removed = self._shard_removed
+            shards.created = self._shard_created
+            shards.before_flush = self._notes.flush
         self.announce: Callable[[int], Awaitable[None]] = _announce_nothing
+        self._progress = Progress()
+        self._started = False  # membership was given once
+        self._fresh = False  # everything here was set aside when we joined
         self._wake = anyio.Event()
         self._pending: tuple[Ring, bool] | None = None  # (old ring, lifted) of the cause that is not taken up yet
-        self._duty = False  # the next completion is to be announced
+        self._generation = 0  # changes when what is fetched may not belong here any more
         self._active = False
+        self._held = False  # there is no room for what would have to be recovered
+        self._not_before = 0.0
         self._phase = PREPARING
         self._todo: dict[ShardKey, None] = {}
-        self._finished = 0
+        self._missing: dict[ShardKey, None] = {}  # looked for in vain, though they should exist
         self._total = 0
         self._fetching: dict[ShardKey, list[Fetched]] = {}
-        self._gathered = 0  # the last epoch to which all members had recovered
+        self._removed: dict[int, int] = {}  # oid -> the epoch it was removed in; since everything was gathered
+        self._mended: set[int] = set()  # objects whose strips are whole in the present epoch
+        self._mended_epoch = 0
         self._complete: dict[int, set[NodeId]] = {}
         self._throttle = (0, 0, False)
+        self._throttled = anyio.Event()
+
+    @property
+    def gateway(self) -> Gateway | None:
+        return self.wanted_objects.gateway
+
+    @gateway.setter
+    def gateway(self, gateway: Gateway | None) -> None:
+        self.wanted_objects.gateway = gateway
+        if gateway is not None:
+            self.unsettled = gateway.primary.unsettled
+
+    @property
+    def ring_of(self) -> RingOf:
+        """How rings of earlier epochs are known."""
+        return self.finder.ring_of
+
+    @ring_of.setter
+    def ring_of(self, ring_of: RingOf) -> None:
+        self.finder.ring_of = ring_of
+
+    @property
+    def gathered(self) -> int:
+        """The last epoch of which every member had all it should have; 0 for none."""
+        return self._progress.gathered
+
+    def _store(self) -> ObjectStore:
+        assert self._shards is not None, "only a sheep with a store holds objects"
+        return self._shards.store
 
     # ---- for the control plane
 
     def status(self) -> RecoveryStatus:
-        """Where the current recovery stands."""
+        """Where the current recovery stands. One that was switched off and has listed what is missing is none."""
         if not self._active:
-            return RecoveryStatus()
-        return RecoveryStatus(True, self._phase, self._finished, self._total)
+            return RecoveryStatus(unfinished=bool(self._missing))
+        if self._phase == RECOVERING and (self._state.recovery_disabled or self._held):
+            return RecoveryStatus(unfinished=True)
+        return RecoveryStatus(True, self._phase, self._total - len(self._todo), self._total, unfinished=True)
 
     def membership_changed(self, old_ring: Ring, lifted: bool) -> None:
         """Recovery towards the present ring starts, or the running one is replaced."""
-        self._duty = self._duty or lifted
+        state = self._state
+        if not self._started:
+            self._start()
+        self._progress.disabled = state.recovery_disabled  # it may have been changed in our absence
+        if self._aside is not None:
+            self._aside.add()
+        self._fresh = False
+        self._generation += 1
         self._pending = (old_ring, lifted or (self._pending is not None and self._pending[1]))
+        left = {node.id for node in old_ring.storage} - {node.id for node in state.ring.storage}
+        self._not_before = self._clock.monotonic() + (self._delay_s if lifted and left else 0.0)
         self._active = True
+        self._held = False
         self._phase = PREPARING
-        self._finished = self._total = 0
         self._wake.set()
+
+    def _start(self) -> None:
+        """Takes up what an earlier process noted, if it is about this cluster."""
+        self._started = True
+        state = self._state
+        noted = self._notes.progress
+        if noted.ctime != state.ctime:
+            self._progress = self._notes.progress = Progress(ctime=state.ctime, disabled=state.recovery_disabled)
+        else:
+            self._progress = noted
+            if noted.retired and not self._fresh and self._aside is not None:
+                # Epochs may have begun that this sheep did not live to act upon.
+                self._aside.missed(range(noted.retired + 1, state.epoch))
+            if not self._fresh:
+                marked = self._notes.recall()
+                self.unsettled.be_cautious(marked)
+                if marked:
+                    logger.info("%d objects may differ between their holders", len(marked))
 
     async def retire_all(self, epoch: int) -> None:
         """Every live shard is in the stale area of ``epoch``."""
-        if self._shards is None:
-            return
-        store = self._shards.store
-
-        def work() -> None:
-            for key in list(store.keys()):
-                store.retire(key, epoch)
-
-        await self._executor.run(work)
+        self._fresh = True
+        self._generation += 1
+        if self._aside is not None:
+            self._aside.clear()
+            while True:
+                try:
+                    await self._aside.retire(lambda _: epoch)
+                    return
+                except StoreDeviceError as error:
+                    await self._disk_failed(error)
 
     def enabled_changed(self) -> None:
         """Recovery was switched on or off for the whole cluster."""
+        self._progress.disabled = self._state.recovery_disabled
+        self._save_soon()
         self._wake.set()
 
     def completed(self, epoch: int, node: NodeId) -> None:
         """``node`` has everything it should have at ``epoch``; when all have, older copies are not needed any more."""
         done = self._complete.setdefault(epoch, set())
         done.add(node)
-        if epoch != self._state.epoch or not done.issuperset(member.id for member in self._state.ring.nodes):
+        state = self._state
+        if epoch != state.epoch or not done.issuperset(member.id for member in state.ring.nodes):
             return
-        self._gathered = epoch
         self._complete = {}
+        self._removed = {}
         logger.info("all nodes are recovered, epoch %d", epoch)
+        self._progress.gathered = epoch
+        self.unsettled.trust()
         if self._shards is not None and not self._active:
             self._spawn(self._purge)
+        self._save_soon()
 
     def reset(self) -> None:
         """The cluster was formatted."""
-        self._gathered = 0
+        self._started = self._fresh = True
         self._complete = {}
+        self._removed = {}
+        self._missing = {}
         self._pending = None
-        self._duty = self._active = False
+        self._active = False
         self._todo = {}
+        self.finder.forget_rings()
+        self._index.forget()
+        self.unsettled.forget()
+        self.unsettled.turn(())
+        self.unsettled.turn(())
+        if self._aside is not None:
+            self._aside.clear()
+        self._progress = self._notes.progress = Progress(ctime=self._state.ctime, gathered=1, retired=1)
+        self._save_soon()
 
     async def cleanup(self) -> None:
         """The stale area is empty.
 
         :raises RequestError: NODE_IN_RECOVERY.
         """
-        if self._active:
+        if self._active or self._missing:
             raise RequestError("this node is recovering", result=Result.NODE_IN_RECOVERY)
         await self._purge()
 
@@ -166,10 +279,30 @@ class Recovery:
     def set_throttle(self, count: int, interval_ms: int, on: bool) -> None:
         """At most ``count`` objects start per ``interval_ms``."""
         self._throttle = (count, interval_ms, on)
+        self._throttled.set()
 
     async def _purge(self) -> None:
         if self._shards is not None:
-            await self._executor.run(self._shards.store.purge_stale)
+            await self._executor.run(self._index.purge)
+
+    def _save_soon(self) -> None:
+        self._spawn(self._save)
+
+    async def _save(self) -> None:
+        await self._executor.run(self._notes.save)
+
+    # ---- disks
+
+    def lost_disk(self) -> None:
+        """A disk and what was on it is gone: that something is missing here proves nothing about the epochs so far."""
+        self._progress.lossy = self._state.epoch
+        self._save_soon()
+        self.disks_changed()
+
+    def disks_changed(self) -> None:
+        """Objects are to be looked for anew."""
+        self._index.forget()
+        self.membership_changed(self._state.ring, False)
 
     # ---- for the data path
 
@@ -179,11 +312,9 @@ class Recovery:
             return False
         if self._phase == PREPARING:
             return True
-        return any(key.oid == oid for key in self._fetching) or ShardKey(oid) in self._todo or self._strip_todo(oid)
-
-    def _strip_todo(self, oid: int) -> bool:
         placement = self._placer.placement(oid)
-        return not placement.scheme.identical and ShardKey(oid, placement.index) in self._todo
+        key = ShardKey(oid, REPLICA if placement.identical else placement.index)
+        return key in self._todo or key in self._fetching
 
     def fetch(self, oid: int, index: int, done: Fetched) -> None:
         """The shard is here, brought from wherever it exists; ``done(result)``, NO_OBJ when nobody has it."""
@@ -195,28 +326,104 @@ class Recovery:
         self._fetching[key] = [done]
         self._spawn(self._fetch_task, key)
 
-    def serve(self, key: ShardKey, request: Request, answer: Callable[[int, Any], None]) -> None:
-        """Another sheep recovers: our live version, else the stale one of the epoch that it asks for.
+    async def fetched(self, oid: int, index: int) -> int:
+        """As ``fetch``, awaited."""
+        event = anyio.Event()
+        results: list[int] = []
 
-        The range that was asked for is answered, shorter at the end of the object.
+        def done(result: int) -> None:
+            results.append(result)
+            event.set()
+
+        self.fetch(oid, index, done)
+        await event.wait()
+        return results[0]
+
+    def must_mend(self, oid: int) -> bool:
+        """Whether strips of the object may be missing or out of step, so that it must be mended before it is changed."""
+        epoch = self._state.epoch
+        if oid in self.unsettled.oids:
+            return True
+        return self._progress.gathered != epoch and not (self._mended_epoch == epoch and oid in self._mended)
+
+    def mended(self, oid: int) -> None:
+        """All shards of the object are where they belong."""
+        if self._mended_epoch != self._state.epoch:
+            self._mended_epoch = self._state.epoch
+            self._mended = set()
+        self._mended.add(oid)
+
+    def mend(self, oid: int, done: Fetched) -> None:
+        """All shards of the object are where they belong, which its primary sees to."""
+        placement = self._placer.placement(oid)
+        if placement.primary is None:
+            done(Result.HALT)
+        elif placement.here:
+            assert self.gateway is not None
+            self.gateway.primary.settle(oid, done)
+        else:
+            self._peers.link(placement.primary).object_request(
+                SETTLE, self._state.epoch, oid, lambda response: done(response.result)
+            )
+
+    def serve(self, key: ShardKey, request: Request, answer: Callable[[int, Any, bytes], None]) -> None:
+        """Another sheep recovers: our live version, else a set-aside one of the epoch it asks for, or newer.
+
+        The range that was asked for is answered, shorter at the end of the object, and which version it is.
         """
-        assert self._shards is not None, "asked of a sheep with a store"
-        store = self._shards.store
-        epoch = request.tgt_epoch
-        wildcard = bool(request.flags & Flag.WILDCARD)
+        shards, reader = self._shards, self._reader
+        assert shards is not None and reader is not None, "asked of a sheep with a store"
+        if shards.gate is not None and shards.gate(key):
+            answer(Result.NETWORK_ERROR, None, b"")
+            return
+        epoch = 1 if request.flags & Flag.WILDCARD else request.tgt_epoch
         offset, length = request.offset, request.data_length
 
-        def work() -> memoryview:
+        def work() -> tuple[memoryview, int, int]:
             view = memoryview(bytearray(length))
-            try:
-                return view[: store.read_into(key, view, offset_bytes=offset)]
-            except ObjectNotFound:
-                found = epoch
-                if wildcard:
-                    found = max((e for stale, e in store.stale_keys() if stale == key), default=epoch)
-                return view[: store.read_stale_into(key, found, view, offset_bytes=offset)]
+            count, version = reader.read(key, epoch, view, offset)
+            return view, count, version
 
-        self._shards.submit(work, answer)
+        def done(result: int, found: Any) -> None:  # Any: what work() returns
+            if result:
+                answer(result, None, b"")
+                return
+            view, count, version = found
+            variant = VERSION.pack(version, self._progress.lossy, self._removed.get(key.oid, 0))
+            if count < 0:
+                answer(Result.NO_OBJ, None, variant)
+            else:
+                answer(0, view[:count], variant)
+
+        shards.submit(work, done)
+
+    def point(self, request: Request) -> tuple[int, bytes]:
+        """RECOVERY_POINT: result and variant of the answer, which tells the last epoch gathered."""
+        if self._progress.ctime != self._state.ctime:
+            return Result.NO_OBJ, b""
+        return 0, VERSION.pack(self._progress.gathered, 0, 0)
+
+    # ---- removals
+
+    def _shard_removed(self, key: ShardKey) -> None:
+        """A removal is about to be made: older versions of the object must not come back."""
+        if self._progress.gathered != self._state.epoch or self._active:
+            self._removed[key.oid] = self._state.epoch
+        self._todo.pop(key, None)
+
+    def _shard_created(self, key: ShardKey) -> None:
+        if self._removed:
+            self._removed.pop(key.oid, None)
+
+    def removed_here(self, oid: int) -> bool:
+        """The object was removed from here in this epoch."""
+        return self._removed.get(oid, 0) >= self._state.epoch
+
+    async def wanted(self, oid: int, version: int) -> bool:
+        """Whether what was found may be live again: it was not removed since, and some volume uses it."""
+        if self._removed.get(oid, 0) >= min(version, self._state.epoch):
+            return False
+        return version == LIVE or await self.wanted_objects.referenced(oid)
 
     # ---- fetching
 
@@ -224,222 +431,109 @@ class Recovery:
         result: int = Result.NETWORK_ERROR
         try:
             result = await self._fetch(key)
+        except StoreDeviceError as error:
+            await self._disk_failed(error)
         except SheepdogError as error:
             logger.warning("cannot recover oid=%016x: %s", key.oid, error)
             result = error.result
         finally:
             with self._outbox:
-                self._todo.pop(key, None)
+                if result not in _AGAIN:
+                    self._todo.pop(key, None)
+                    if not self._todo:
+                        self._wake.set()
                 for done in self._fetching.pop(key, ()):
                     done(result)
 
     async def _fetch(self, key: ShardKey) -> int:
-        assert self._shards is not None, "only a sheep with a store recovers"
-        store = self._shards.store
+        store = self._store()
         if await self._executor.run(lambda: store.exists(key)):
             return 0
-        epoch = self._state.epoch
-        placement = self._placer.placement(key.oid)
-        if key.index != REPLICA and placement.scheme.identical:
-            key = ShardKey(key.oid)
-        if is_data(key.oid) and self._deleted(vid_of(key.oid)) and not await self._referenced(key.oid):
+        generation = self._generation
+        oid = key.oid
+        placement = self._placer.placement(oid)
+        if self.removed_here(oid):
             return Result.NO_OBJ
-        content = await self._find(key, epoch, placement)
-        if content is None and key.index != REPLICA:
-            content = await self._rebuild(key, epoch, placement)
-        if content is None and await self._referenced(key.oid):
-            content = await self._find_anywhere(key, epoch)
-        if content is None:
-            return Result.NO_OBJ
-        if self._state.epoch != epoch:
+        if not placement.local:
             return Result.OLD_NODE_VER
-        return await self._put(key, content)
+        if not placement.identical:
+            return await self._fetch_strip(oid, placement)
+        key = ShardKey(oid)
+        if placement.object_bytes >= COMPARE_BYTES_MIN and await self._revive(key, placement):
+            return 0
+        found = await self.finder.find(oid, placement, 1, self._progress.gathered, skip_own=True)
+        if not found.parts and self.wildcard:
+            found = await self.finder.find_wildcard(oid, REPLICA, placement)
+        if not found.parts:
+            return self._not_found(key, found)
+        if not await self.wanted(oid, found.version):
+            return Result.NO_OBJ
+        if self._generation != generation:
+            return Result.OLD_NODE_VER
+        content = found.parts[REPLICA]
+        # No await from this look to the lane of the shard: a removal that comes later waits there.
+        if self.removed_here(oid):
+            return Result.NO_OBJ
+        return await self.store_shard(key, content, max(placement.object_bytes, len(content)))
 
-    async def _find(self, key: ShardKey, epoch: int, placement: Placement) -> Buffer | None:
-        """The shard from its holders, of this epoch and then of older ones."""
-        me = self._state.me.id
-        asked: set[tuple[NodeId, int]] = set()
-        trouble: SheepdogError | None = None
-        for older in range(epoch, max(0, self._gathered - 1, epoch - 1024), -1):
-            ring = self._state.ring if older == epoch else await self.ring_of(older)
-            if ring is None:
-                logger.warning("epoch=%d is unknown here, clients may see old data", older)
-                continue
-            members = {node.id for node in self._state.ring.nodes}
-            holders = [node.id for node in ring.holders(key.oid, placement.scheme.shards)]
-            if key.index != REPLICA:
-                holders = holders[key.index : key.index + 1]
-            for node in holders:
-                if node not in members or (node, older) in asked:
-                    continue
-                asked.add((node, older))
-                try:
-                    if node == me:
-                        content = await self._own_stale(key, older)
-                    else:
-                        content = await self._read_whole(node, key, epoch, older)
-                except TransportError as error:
-                    trouble = error
-                    continue
-                if content is not None:
-                    return content
-        if trouble is not None:
-            raise trouble
-        return None
+    def _not_found(self, key: ShardKey, found: Found) -> int:
+        if not found.doubtful:
+            return Result.NO_OBJ
+        if key not in self._missing:
+            logger.warning("cannot recover oid=%016x: the nodes that may have it are absent", key.oid)
+        self._missing[key] = None
+        return Result.EIO
 
-    async def _find_anywhere(self, key: ShardKey, epoch: int) -> Buffer | None:
-        for node in self._state.ring.storage:
-            if node.id != self._state.me.id:
-                try:
-                    content = await self._read_whole(node.id, key, epoch, 0, Flag.WILDCARD)
-                except TransportError:
-                    continue
-            else:
-                content = await self._own_stale(key, None)
-            if content is not None:
-                logger.warning("oid=%016x was found only in the stale area of node=%s", key.oid, node.id.text)
-                return content
-        return None
-
-    async def _own_stale(self, key: ShardKey, epoch: int | None) -> Buffer | None:
-        assert self._shards is not None
-        store = self._shards.store
-
-        def work() -> Buffer | None:
-            try:
-                found = epoch
-                if found is None:
-                    found = max((e for stale, e in store.stale_keys() if stale == key), default=0)
-                buffer = bytearray(store.stale_size(key, found))
-                store.read_stale_into(key, found, memoryview(buffer), offset_bytes=0)
-                return buffer
-            except ObjectNotFound:
-                return None
-
-        return await self._executor.run(work)
-
-    async def _read_whole(self, node: NodeId, key: ShardKey, epoch: int, older: int, flags: int = 0) -> Buffer | None:
-        """The whole shard from ``node``, ``None`` if it has none.
-
-        :raises TransportError: no answer, or not now.
-        :raises RequestError: the epoch moved on.
-        """
-        placement = self._placer.placement(key.oid)
-        length = placement.object_bytes
-        if key.index != REPLICA:
-            length = placement.scheme.shard_bytes(length)
+    async def _fetch_strip(self, oid: int, placement: Placement) -> int:
+        """The primary brings the strip."""
         event = anyio.Event()
-        answers: list[Response] = []
+        results: list[int] = []
 
-        def answered(response: Response) -> None:
-            answers.append(response)
+        def done(result: int) -> None:
+            results.append(result)
             event.set()
 
         with self._outbox:
-            self._peers.link(node).object_request(
-                Op.READ_PEER, epoch, key.oid, answered, flags=Flag.RECOVERY | flags, tgt_epoch=older,
-                length=length, ec_index=max(key.index, 0), copy_policy=placement.policy,
-            )  # fmt: skip
+            self.mend(oid, done)
         await event.wait()
-        response = answers[0]
-        if response.result == Result.NO_OBJ:
-            return None
-        if response.result == Result.OLD_NODE_VER:
-            raise RequestError("the epoch moved on", result=Result.OLD_NODE_VER)
-        if response.result:
-            raise TransportError(f"node {node.text} answers 0x{response.result:02x} for oid={key.oid:016x}")
-        return response.body
+        if results[0] == Result.EIO:
+            self._missing[ShardKey(oid, placement.index)] = None
+        return results[0]
 
-    async def _rebuild(self, key: ShardKey, epoch: int, placement: Placement) -> Buffer | None:
-        """Computes a strip from enough others."""
-        scheme = placement.scheme
-        parts: dict[int, Buffer] = {}
-        for index in range(scheme.shards):
-            if index == key.index:
-                continue
-            content = await self._find(ShardKey(key.oid, index), epoch, placement)
-            if content is not None:
-                parts[index] = content
-            if len(parts) == scheme.shards_to_read:
-                return await self._executor.run(lambda: scheme.rebuild(key.index, parts))
-        return None
-
-    def _deleted(self, vid: int) -> bool:
-        state = self._state.vdis.get(vid)
-        return state is not None and state.deleted
-
-    def _heirs(self, vid: int) -> list[int]:
-        """The live volumes that may name data objects of ``vid``: itself and what descends from it."""
-        states = {state.vid: state for state in self._state.vdis.states()}
-        found = []
-        for state in states.values():
-            if state.deleted:
-                continue
-            ancestor = state.vid
-            while ancestor != vid and ancestor in states and states[ancestor].parent_vid:
-                ancestor = states[ancestor].parent_vid
-            # Where the line breaks off, relationship cannot be ruled out.
-            if ancestor == vid or ancestor not in states:
-                found.append(state.vid)
-        return found
-
-    async def _referenced(self, oid: int) -> bool:
-        """Whether any live volume names this object; old copies of what was given up must not come back."""
-        if not is_data(oid):
-            return not self._deleted(vid_of(oid)) and self._state.vdis.get(vid_of(oid)) is not None
-        if self.gateway is None:
+    async def _revive(self, key: ShardKey, placement: Placement) -> bool:
+        """What was set aside here last is live again, if a present holder has exactly that."""
+        newest = await self._executor.run(lambda: self._index.newest(key))
+        if not newest:
             return False
-        for heir in self._heirs(vid_of(oid)):
+        generation = self._generation
+        store = self._store()
+        for node in placement.others:
+            theirs = await digest_at(self.finder, self._state, node, key.oid)
+            if theirs is None:
+                continue
             try:
-                if await self._names(heir, oid):
-                    return True
-            except SheepdogError:
-                return True  # cannot be ruled out
+                ours = await self._executor.run(lambda: store.digest(key, epoch=newest))
+            except ObjectNotFound:
+                return False
+            if ours != theirs or self._generation != generation or self.removed_here(key.oid):
+                return False
+            return not await self._in_lane(key, lambda: store.revive(key, newest))
         return False
 
-    async def _names(self, volume: int, oid: int) -> bool:
-        """Whether the map of ``volume`` has this object; always of a hyper volume, whose tree is not searched."""
-        if any(await self._read_object(inode_oid(volume), STORE_POLICY_OFFSET, 1)):
-            return True
-        entry = await self._read_object(inode_oid(volume), MAP_OFFSET + 4 * index_of(oid), 4)
-        return int.from_bytes(entry, "little") == vid_of(oid)
-
-    async def _read_object(self, oid: int, offset: int, length: int) -> Buffer:
-        assert self.gateway is not None
-        event = anyio.Event()
-        outcome: list[tuple[int, Any]] = []
-
-        def done(result: int, data: Any) -> None:  # Any: the bytes on success
-            outcome.append((result, data))
-            event.set()
-
-        with self._outbox:
-            self.gateway.submit_read(oid, offset, length, done)
-        await event.wait()
-        result, data = outcome[0]
-        if result:
-            raise RequestError(f"oid={oid:016x} cannot be read", result=result)
-        content: Buffer = data
-        return content
-
-    async def _put(self, key: ShardKey, content: Buffer) -> int:
-        """The shard is stored, unless one appeared meanwhile."""
-        shards = self._shards
-        assert shards is not None
-        store = shards.store
-        placement = self._placer.placement(key.oid)
-        size = placement.object_bytes
-        if key.index != REPLICA:
-            size = placement.scheme.shard_bytes(size)
-        durable = shards.durable
+    async def store_shard(self, key: ShardKey, content: Buffer, size: int, *, replace: bool = False) -> int:
+        """The shard is stored; unless one appeared meanwhile, or with ``replace`` in any case."""
+        assert self._shards is not None
+        store, durable = self._store(), self._shards.durable
 
         def work() -> None:
-            if not store.exists(key):
-                store.create(
-                    key, content, offset_bytes=0, size_bytes=max(size, len(content)), sparse=is_sparse(key.oid),
-                    durable=durable,
-                )  # fmt: skip
+            if replace or not store.exists(key):
+                store.create(key, content, offset_bytes=0, size_bytes=size, sparse=is_sparse(key.oid), durable=durable)
 
+        return await self._in_lane(key, work)
+
+    async def _in_lane(self, key: ShardKey, work: Callable[[], Any]) -> int:  # Any: not looked at
+        shards = self._shards
+        assert shards is not None
         event = anyio.Event()
         results: list[int] = []
 
@@ -457,185 +551,169 @@ class Recovery:
     async def run(self) -> None:
         """Recovers whenever there is a cause, until cancelled."""
         while True:
-            await self._wake.wait()
+            if self._pending is None:
+                await self._wake.wait()
             self._wake = anyio.Event()
-            while self._pending is not None or self._todo:
-                if self._pending is not None:
-                    old_ring, lifted = self._pending
-                    self._pending = None
-                    if not await self._prepare(old_ring, lifted):
-                        await anyio.sleep(RETRY_S)
-                        if self._pending is None:
-                            self._pending = (old_ring, lifted)
-                        continue
-                if self._state.recovery_disabled and self._todo:
-                    break
+            while self._pending is not None:
+                old_ring, lifted = self._pending
+                self._pending = None
+                if not await self._try(partial(self._prepare, lifted)):
+                    await anyio.sleep(RETRY_S)
+                    if self._pending is None:
+                        self._pending = (old_ring, lifted)
+            if self._active and self._phase == RECOVERING:
                 await self._recover()
-                if not self._replaced() and not self._todo:
-                    await self._finish()
+                if not self._replaced() and not self._todo and not await self._try(self._finish):
+                    self._wake.set()
 
-    async def _prepare(self, old_ring: Ring, lifted: bool) -> bool:
-        """Sets aside what left us and lists what is missing; False: try again."""
-        epoch = self._state.epoch
-        self._todo = {}
-        if self._shards is None:
-            return True
-        target = epoch - 1 if lifted else epoch
-        store = self._shards.store
-        me = self._state.me.id
-
-        def belongs(key: ShardKey) -> bool:
-            placement = self._placer.placement(key.oid)
-            if placement.scheme.identical:
-                return placement.local
-            return placement.index == key.index
-
-        keys = await self._executor.run(lambda: list(store.keys()))
-        here = set(keys)
-        for key in keys:
-            if not belongs(key) and not self._shards.busy(key):
-                await self._executor.run(partial(_retire, store, key, target))
-                here.discard(key)
-            if self._state.epoch != epoch:
-                return True  # a newer cause is pending
-        wanted: dict[int, None] = {}
-        for node in self._state.ring.storage:
-            if node.id == me:
-                oids: Sequence[int] = sorted(
-                    {key.oid for key in keys}
-                    | await self._executor.run(lambda: {key.oid for key, _ in store.stale_keys()})
-                )
-            else:
-                listed = await self._list(node.id, epoch)
-                if listed is None:
-                    return self._state.epoch != epoch  # without it something could be overlooked: again, unless replaced
-                oids = listed
-            for oid in oids:
-                wanted[oid] = None
-        todo: dict[ShardKey, None] = {}
-        heirless: dict[int, bool] = {}
-        for oid in sorted(wanted):
-            placement = self._placer.placement(oid)
-            if not placement.local:
-                continue
-            if is_data(oid) or is_ledger(oid):
-                # A node that was away while a volume was deleted still has its objects: nobody wants them back.
-                vid = vid_of(oid)
-                if vid not in heirless:
-                    heirless[vid] = self._deleted(vid) and not self._heirs(vid)
-                if heirless[vid]:
-                    continue
-            key = ShardKey(oid, REPLICA if placement.scheme.identical else placement.index)
-            if key not in here:
-                todo[key] = None
-        if self._state.epoch != epoch:
-            return True
-        # Inodes first: without them nothing can be opened.
-        self._todo = dict.fromkeys(sorted(todo, key=lambda key: (is_data(key.oid), key)))
-        self._total = len(todo)
-        self._finished = 0
-        self._phase = RECOVERING
-        return True
-
-    async def _list(self, node: NodeId, epoch: int) -> list[int] | None:
-        """What ``node`` holds, live and stale. Asked until it answers or the epoch is over (``None``)."""
-        room = LIST_BYTES_FIRST
-        asked = 0
-        while self._state.epoch == epoch and room <= LIST_BYTES_MAX:
-            try:
-                response = await self._peers.call(node, Request(Op.GET_OBJ_LIST, epoch=epoch, data_length=room))
-            except TransportError:
-                result: int = Result.NETWORK_ERROR
-            else:
-                result = response.result
-            if result == Result.BUFFER_SMALL:
-                room *= 4
-            elif result:
-                asked += 1
-                if asked % 20 == 0:
-                    logger.warning("node=%s does not give its object list: result=0x%02x", node.text, result)
-                await anyio.sleep(LIST_RETRY_S)
-            else:
-                return [oid for (oid,) in iter_unpack("<Q", bytes(response.body))]
-        return None
-
-    async def _recover(self) -> None:
-        """Fetches everything listed, a few at a time, until done or replaced."""
-        epoch = self._state.epoch
-        started = 0
-        window_began = self._clock.monotonic()
-        limiter = anyio.CapacityLimiter(self._parallel)
-
-        async def one(key: ShardKey) -> None:
-            async with limiter:
-                if key not in self._todo or self._pending is not None:
-                    return
-                result = await self._wait_fetch(key)
-                if result and result != Result.NO_OBJ and self._state.epoch == epoch and self._pending is None:
-                    self._todo[key] = None  # again, after a pause
-                else:
-                    self._finished += 1
-
-        async with anyio.create_task_group() as tasks:
-            for key in list(self._todo):
-                if self._replaced() or self._state.recovery_disabled:
-                    break
-                count, interval_ms, on = self._throttle
-                if on and count and started and started % count == 0:
-                    pause = window_began + interval_ms / 1000 - self._clock.monotonic()
-                    if pause > 0:
-                        await anyio.sleep(pause)
-                    window_began = self._clock.monotonic()
-                started += 1
-                while limiter.statistics().tasks_waiting > self._parallel:
-                    await anyio.sleep(0.001)
-                tasks.start_soon(one, key)
-                if started % 64 == 0 and self._total:
-                    logger.info("object recovery progress %3.0f%% ", 100 * self._finished / self._total)
-        if self._todo and self._pending is None and not self._state.recovery_disabled:
+    async def _try(self, step: Callable[[], Awaitable[bool]]) -> bool:
+        """What ``step()`` says; False after an error, which has been dealt with as far as possible."""
+        try:
+            return await step()
+        except StoreDeviceError as error:
+            await self._disk_failed(error)
+        except SheepdogError as error:
+            logger.warning("recovery has to try again: %s", error)
             await anyio.sleep(RETRY_S)
+        return False
+
+    async def _disk_failed(self, error: StoreDeviceError) -> None:
+        """The disk is taken out. Without any other the sheep is ending, and this waits for that."""
+        assert self._shards is not None
+        with self._outbox:
+            left = self._shards.disk_failed(error)
+        if not left:
+            await anyio.sleep_forever()
 
     def _replaced(self) -> bool:
         """A newer cause is waiting."""
         return self._pending is not None
 
-    async def _wait_fetch(self, key: ShardKey) -> int:
-        event = anyio.Event()
-        results: list[int] = []
+    # ---- listing
 
-        def done(result: int) -> None:
-            results.append(result)
-            event.set()
-
-        self.fetch(key.oid, key.index, done)
-        await event.wait()
-        return results[0]
-
-    async def _finish(self) -> None:
+    async def _prepare(self, lifted: bool) -> bool:
+        """Sets aside what left us and lists what is missing; False: try again."""
         epoch = self._state.epoch
-        self._phase = NOTIFYING
-        if self._duty:
+        aside = self._aside
+        if aside is None:
+            self._todo, self._missing, self._total = {}, {}, 0
+            self._phase = RECOVERING
+            return True
+        checked = await aside.check(lifted)
+        if checked > self._progress.retired:
+            self._progress.retired = checked
+            await self._save()
+        if self._replaced():
+            return True
+        wanted = await self._lister.others()
+        if self._state.epoch != epoch or self._replaced():
+            return True
+        if wanted is None:
+            return False
+        store = self._store()
+        here, mine = await self._executor.run(lambda: (set(store.keys()), self._index.oids()))
+        wanted.update(mine, (key.oid for key in here))
+        self._progress.gathered = max(self._progress.gathered, await self._lister.gathered())
+        todo: list[ShardKey] = []
+        for number, oid in enumerate(sorted(wanted)):
+            if number % 512 == 511:
+                await anyio.sleep(0)  # others get their turn
+            placement = self._placer.placement(oid)
+            key = ShardKey(oid, REPLICA if placement.identical else placement.index)
+            if placement.local and key not in here and not self.wanted_objects.heirless(oid):
+                todo.append(key)
+        if self._state.epoch != epoch or self._replaced():
+            return True
+        # Inodes first: without them nothing can be opened.
+        todo.sort(key=lambda key: (is_data(key.oid), key))
+        # What came or went since the list was made is sorted out when its turn comes: it is there then, or found nowhere.
+        self._todo = {key: None for key in todo if not self.removed_here(key.oid)}
+        self._missing = {}
+        self._total = len(self._todo)
+        self._held = self._lister.overfull(wanted)
+        self._phase = RECOVERING
+        logger.info("recovery for epoch %d: %d objects to recover", epoch, self._total)
+        return True
+
+    # ---- recovering
+
+    async def _recover(self) -> None:
+        """Fetches everything listed, a few at a time, until done, switched off or replaced."""
+        while (wait_s := self._not_before - self._clock.monotonic()) > 0 and self._todo and not self._replaced():
+            with anyio.move_on_after(wait_s):
+                await self._wake.wait()
+            self._wake = anyio.Event()
+        while self._todo and not self._halted():
+            await self._recover_once()
+            if self._todo and not self._halted():
+                await anyio.sleep(RETRY_S)  # some holder does not answer at the moment
+
+    def _halted(self) -> bool:
+        return self._replaced() or self._state.recovery_disabled or self._held
+
+    async def _recover_once(self) -> None:
+        limiter = anyio.CapacityLimiter(self._parallel)
+        started = 0
+        window_began = self._clock.monotonic()
+
+        async def one(key: ShardKey) -> None:
+            async with limiter:
+                if key in self._todo and not self._halted():
+                    await self.fetched(key.oid, key.index)
+
+        async with anyio.create_task_group() as tasks:
+            for key in list(self._todo):
+                count, interval_ms, on = self._throttle
+                if on and started >= count:
+                    await self._pause(window_began + interval_ms / 1000)
+                    window_began, started = self._clock.monotonic(), 0
+                while limiter.statistics().tasks_waiting > self._parallel and not self._halted():
+                    await anyio.sleep(0.001)
+                if self._halted():
+                    break
+                started += 1
+                tasks.start_soon(one, key)
+
+    async def _pause(self, until: float) -> None:
+        """Until that time, or the throttle is changed, or recovery is replaced."""
+        throttle = self._throttle
+        while (left := until - self._clock.monotonic()) > 0 and self._throttle is throttle and not self._halted():
+            self._throttled = anyio.Event()
+            with anyio.move_on_after(min(left, RETRY_S)):
+                await self._throttled.wait()
+
+    # ---- finishing
+
+    async def _finish(self) -> bool:
+        epoch = self._state.epoch
+        if self._missing:
+            logger.warning("%d objects are missing; what was set aside is kept", len(self._missing))
+        elif not await self._settled():
+            return True
+        else:
+            self._phase = NOTIFYING
             try:
                 await self.announce(epoch)
             except SheepdogError as error:
                 logger.warning("completion of recovery could not be announced: %s", error)
-            if self._pending is not None:
-                return
-            self._duty = False
+        if self._replaced():
+            return True
         self._active = False
-        if self._gathered == self._state.epoch:
+        self.wildcard = False
+        if self._progress.gathered == self._state.epoch and not self._missing:
             await self._purge()
+        return True
+
+    async def _settled(self) -> bool:
+        """What may differ since an end without warning is in step again; False: replaced before it was."""
+        while self.unsettled.cautious and len(self.unsettled.oids) > len(self.unsettled.hopeless):
+            await anyio.sleep(LIST_RETRY_S)
+            if self._replaced():
+                return False
+        return True
 
 
-def _retire(store: Any, key: ShardKey, epoch: int) -> None:  # Any: an ObjectStore
-    try:
-        store.retire(key, epoch)
-    except ObjectNotFound:
-        pass  # removed meanwhile
-
-
-async def _no_ring(_: int) -> Ring | None:
-    return None
+_AGAIN = frozenset({int(Result.NETWORK_ERROR), int(Result.OLD_NODE_VER), int(Result.NEW_NODE_VER)})
 
 
 async def _announce_nothing(_: int) -> None:

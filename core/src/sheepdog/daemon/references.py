@@ -1,12 +1,12 @@
 """Map writes and reference counting (data model, section 8).
 
-A write inside an inode's block map replaces references to data objects. The inode's primary does it alone in the inode's
-lane: it reads the old entries and their generation/count pairs, writes the new entries, zeroes the pairs of the entries
-that changed (and only those), and drops one reference for each data object that is not named any more.
+A write inside an inode's block map replaces references to data objects. The inode's primary does it alone in the
+inode's lane: it reads the old entries and their generation/count pairs, writes the new entries, zeroes the pairs of the
+entries that changed (and only those), and drops one reference for each data object that is not named any more.
 
-Dropping (0, 0) removes the object, provided the inode's own volume made it; anything else goes to the ledger of the data
-object, whose primary reads, changes and writes it alone in the ledger's lane. The holders' copies are written before the
-primary's own, so that a repeated drop starts from the old counters.
+Dropping (0, 0) removes the object, provided the inode's own volume made it; anything else goes to the ledger of the
+data object, whose primary reads, changes and writes it alone in the ledger's lane. No reference is dropped twice, or an
+object would go that is still in use: what a retry might repeat is not retried, and at worst an unused object stays.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from sheepdog.contracts.store import REPLICA, Buffer, ShardKey
 from sheepdog.daemon.placement import Placement
-from sheepdog.daemon.primary import Done, Primary
+from sheepdog.daemon.primary import RETRYABLE, Done, Primary
 from sheepdog.errors import InvalidParameters, ObjectNotFound
 from sheepdog.model.ids import data_oid, is_inode, ledger_oid, ledger_subject, vid_of
 from sheepdog.model.inode import MAP_OFFSET, REFS_OFFSET
@@ -38,12 +38,13 @@ STORE_POLICY_OFFSET = 553
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """One reference that was given up: (generation, count) held by ``by`` to data object ``oid``."""
+    """One reference that was given up in ``epoch``: (generation, count) held by ``by`` to data object ``oid``."""
 
     oid: int
     generation: int
     count: int
     by: int
+    epoch: int
 
 
 def is_map_write(oid: int, offset: int, length: int) -> bool:
@@ -120,10 +121,18 @@ class References:
         shards.submit(lambda: read(False), have)
 
     def _replace(
-        self, oid: int, offset: int, data: Buffer, placement: Placement, old_map: bytearray, old_refs: bytearray, done: Done
+        self,
+        oid: int,
+        offset: int,
+        data: Buffer,
+        placement: Placement,
+        old_map: bytearray,
+        old_refs: bytearray,
+        done: Done,
     ) -> None:
         first = (offset - MAP_OFFSET) // 4
         by = vid_of(oid)
+        epoch = self._gateway.state.epoch
         old = memoryview(old_map).cast("I")
         new = memoryview(bytes(data)).cast("I")
         pairs = memoryview(old_refs).cast("i")
@@ -134,7 +143,7 @@ class References:
         for i in range(count):
             changed = old[i] != new[i]
             if changed and old[i]:
-                drops.append(Drop(data_oid(old[i], first + i), pairs[2 * i], pairs[2 * i + 1], by))
+                drops.append(Drop(data_oid(old[i], first + i), pairs[2 * i], pairs[2 * i + 1], by, epoch))
             stale = changed and (pairs[2 * i] or pairs[2 * i + 1])
             if stale and run_start < 0:
                 run_start = i
@@ -175,8 +184,8 @@ class References:
             if not left and after is not None:
                 after()
 
-        for drop in drops:
-            self._drops.append((drop, dropped))
+        for lost in drops:
+            self._drops.append((lost, dropped))
         self._start_drops()
 
     def _start_drops(self) -> None:
@@ -198,7 +207,13 @@ class References:
         if drop.generation or drop.count:
             self._gateway.submit_decref(ledger_oid(drop.oid), drop.generation, drop.count, done)
         elif vid_of(drop.oid) == drop.by:
-            self._gateway.submit_remove(drop.oid, done)
+            # The owner may make it again as soon as the map write is answered. In this epoch that is after the removal,
+            # but another primary of the map does not know of it, and then the object must stay.
+            state = self._gateway.state
+            if state.epoch == drop.epoch:
+                self._gateway.submit_remove(drop.oid, done, wanted=lambda: state.epoch == drop.epoch)
+            else:
+                done(Result.OLD_NODE_VER)
         else:
             # Never shared, yet made by somebody else: the pair was lost. Leaking one object beats losing one.
             logger.warning("vid=%x gives up oid=%016x without a reference count; keeping the object", drop.by, drop.oid)
@@ -213,9 +228,7 @@ class References:
 
     def decref(self, oid: int, generation: int, count: int, placement: Placement, done: Done) -> None:
         """The ledger ``oid`` loses one reference of ``generation`` that had ``count`` children."""
-        self._primary.enter(
-            oid, True, lambda finish: self._decref(oid, generation, count, placement, finish), done
-        )
+        self._primary.enter(oid, True, lambda finish: self._decref(oid, generation, count, placement, finish), done)
 
     def _decref(self, oid: int, generation: int, count: int, placement: Placement, done: Done) -> None:
         key = ShardKey(oid, REPLICA)
@@ -230,6 +243,35 @@ class References:
                 return None
             return decode(buffer)
 
+        def first_loaded(result: int, ledger: Any) -> None:  # Any: what load() returned
+            recovery = self._primary.recovery
+            if not result and ledger is None and recovery is not None and recovery.may_find(oid):
+                recovery.fetch(oid, REPLICA, fetched)
+            else:
+                loaded(result, ledger)
+
+        def fetched(result: int) -> None:
+            if result and result != Result.NO_OBJ:
+                done(result)
+            else:
+                shards.submit(load, loaded)
+
+        def attempted(expected: Ledger | None, after: Callable[[], None], result: int) -> None:
+            """A change was tried. It counts once it is done here, for settling brings it to the others."""
+
+            def compare(outcome: int, ledger: Any) -> None:  # Any: what load() returned
+                if outcome or ledger != expected:
+                    done(result)
+                else:
+                    after()
+
+            if result in RETRYABLE:
+                shards.submit(load, compare)
+            elif result and result != Result.NO_OBJ:
+                done(result)
+            else:
+                after()
+
         def loaded(result: int, ledger: Any) -> None:  # Any: what load() returned
             if result:
                 done(result)
@@ -241,26 +283,24 @@ class References:
                 done(error.result)
                 return
             if changed:
+                written = partial(attempted, changed, lambda: done(0))
                 content = encode(changed)
                 if stored:
                     content = content.ljust(4 * len(ledger), b"\0")  # counters that became zero are cleared
-                    self._primary.write_now(oid, 0, content, placement, done)
+                    self._primary.write_now(oid, 0, content, placement, written)
                 else:
-                    self._primary.create_now(oid, 0, content, placement, done)
+                    self._primary.create_now(oid, 0, content, placement, written)
                 return
 
-            def ledger_gone(outcome: int) -> None:
-                if outcome and outcome != Result.NO_OBJ:
-                    done(outcome)
-                else:
-                    self._gateway.submit_remove(ledger_subject(oid), removed)
+            def ledger_gone() -> None:
+                self._gateway.submit_remove(ledger_subject(oid), removed)
 
             def removed(outcome: int) -> None:
                 done(0 if outcome == Result.NO_OBJ else outcome)
 
             if stored:
-                self._primary.remove_now(oid, placement, ledger_gone)
+                self._primary.remove_now(oid, placement, partial(attempted, None, ledger_gone))
             else:
-                ledger_gone(0)
+                ledger_gone()
 
-        shards.submit(load, loaded)
+        shards.submit(load, first_loaded)

@@ -2,7 +2,8 @@
 
 Clients, dog and other sheep speak the same protocol on the same port. A connection keeps no state but its decoder and
 what is in flight; a malformed stream closes it. A client that has too much in flight, or does not read its replies, is
-not read from until that has drained.
+not read from until that has drained. Of other sheep any number of requests is taken: it is bounded by what their
+clients may have in flight, and two sheep that waited for each other's answers before they read on would wait for ever.
 """
 
 from __future__ import annotations
@@ -33,13 +34,15 @@ class ClientConnection:
     """Receiver of one accepted connection."""
 
     __slots__ = (
-        "_dispatch", "_inflight", "_inflight_bytes", "_outbox", "_output", "_paused", "_server", "applied", "channel", "decoder", "open",
+        "_dispatch", "_inflight", "_inflight_bytes", "_outbox", "_output", "_paused", "_server", "applied", "channel",
+        "decoder", "limited", "open",
     )  # fmt: skip
 
     def __init__(self, server: Server, channel: Channel) -> None:
         self.channel = channel
         self.decoder = request_decoder()
         self.open = True
+        self.limited = True  # by what is in flight; not for other sheep
         self.applied: AppliedLog = deque()
         self._server = server
         self._outbox = server.outbox
@@ -81,9 +84,7 @@ class ClientConnection:
             return
         output = self._output
         first = not output
-        output.append(
-            pack_response(request.opcode, self._server.state.epoch, request.id, len(body), result, variant)
-        )
+        output.append(pack_response(request.opcode, self._server.state.epoch, request.id, len(body), result, variant))
         if len(body):
             output.append(body)
         if first:
@@ -98,8 +99,8 @@ class ClientConnection:
                 self._throttle()
 
     def _throttle(self) -> None:
-        crowded = (
-            self._inflight > INFLIGHT_MAX or self._inflight_bytes > INFLIGHT_BYTES_MAX or self.channel.congested
+        crowded = self.channel.congested or (
+            self.limited and (self._inflight > INFLIGHT_MAX or self._inflight_bytes > INFLIGHT_BYTES_MAX)
         )
         if crowded != self._paused and self.open:
             self._paused = crowded

@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Callable
+from typing import Any
 
 import anyio
 from anyio.abc import TaskGroup
 
-from sheepdog.contracts.cluster import ClusterDriver, ClusterSession, Event, Joined, Left
+from sheepdog.contracts.cluster import ClusterDriver, ClusterSession, Delivered, Event, Joined, Left
 from sheepdog.daemon import messages
 from sheepdog.daemon.state import SheepState
 from sheepdog.errors import ClusterUnavailable, JoinRefused, SessionLost
@@ -23,6 +25,7 @@ from sheepdog.model.node import NodeId
 logger = logging.getLogger(__name__)
 
 REJOIN_S = 1.0  # between attempts to join again
+PING_S = 5.0  # how long the answer about the driver waits for a broadcast to come back
 RESEND_S = 0.2  # between attempts to broadcast while the coordination service does not answer
 
 
@@ -43,6 +46,8 @@ class SessionKeeper(ABC):
         self._older: list[NodeId] = []  # members that were there before us and have not left, maybe not handled yet
         self._arrived = anyio.Event()
         self._progress = anyio.Event()
+        self._pings: dict[bytes, anyio.Event] = {}  # broadcasts that somebody waits for -> seen
+        self._ping_count = 0
         self._refusal: str | None = None
         self._give_up = False  # this session leads nowhere: leave and join again
 
@@ -123,6 +128,10 @@ class SessionKeeper(ABC):
                     self._older = [node.id for node in event.view if node.id != event.node.id]
                 elif isinstance(event, Left) and event.node.id in self._older:
                     self._older.remove(event.node.id)
+                elif isinstance(event, Delivered) and event.sender == self.state.me.id:
+                    ping = self._pings.get(event.payload)
+                    if ping is not None:
+                        ping.set()
                 self._queue.append(event)
                 self._arrived.set()
         except SessionLost:
@@ -164,6 +173,40 @@ class SessionKeeper(ABC):
             if self._session is session:
                 self._stop_serving()
             raise
+
+    async def driver_status(self, monotonic: Callable[[], float]) -> dict[str, Any]:  # Any: CBOR
+        """What an operator wants to know about the driver, in words and numbers. Takes at most about ``PING_S``.
+
+        ``driver``, ``detection_s``; ``session`` (``alive``, ``doubtful``: others may have seen us leave, ``none``);
+        ``status``: the driver's own words; ``round_trip_s`` of one broadcast, or ``error``: why there is none.
+        """
+        session = self._session
+        status: dict[str, Any] = {"driver": self._driver.name or type(self._driver).__name__}
+        status |= {"detection_s": self._driver.detection_s, "session": "none", "status": {}}
+        if session is None:
+            return {**status, "error": "this sheep is not a member at the moment"}
+        status["session"] = "alive" if session.alive() else "doubtful"
+        try:
+            with anyio.fail_after(PING_S):
+                status["status"] = await session.status()
+                status["round_trip_s"] = await self._round_trip(monotonic)
+        except TimeoutError:
+            status["error"] = f"a broadcast did not come back within {PING_S:.0f} s"
+        except (ClusterUnavailable, SessionLost) as error:
+            status["error"] = str(error)
+        return status
+
+    async def _round_trip(self, monotonic: Callable[[], float]) -> float:
+        self._ping_count += 1
+        payload = messages.message(messages.PING, self._ping_count)
+        seen = self._pings[payload] = anyio.Event()
+        try:
+            started_s = monotonic()
+            await self.broadcast(payload)
+            await seen.wait()
+            return monotonic() - started_s
+        finally:
+            del self._pings[payload]
 
     async def _send_all(self, payloads: list[bytes]) -> None:
         for payload in payloads:

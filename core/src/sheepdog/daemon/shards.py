@@ -1,16 +1,17 @@
 """The local store as the data path sees it: callbacks, order per shard, group commit.
 
 What the page cache can answer runs inline on the event loop: reads that ``try_read_into`` answers, and writes of up to
-``INLINE_BYTES_MAX``. Everything else goes to worker threads. A shard that a worker is changing has a *lane*: later changes
-to it wait there in order, so the store sees one mutator per shard. Durable writes are put into the page cache at once,
-and a flush follows; writes that arrive while one is running share the next (group commit).
+``INLINE_BYTES_MAX``. Everything else goes to worker threads. A shard that a worker is changing has a *lane*: later
+changes to it wait there in order, so the store sees one mutator per shard. Durable writes are put into the page cache
+at once, and a flush follows; writes that arrive while one is running share the next (group commit).
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from functools import partial
+from typing import Any, TypeAlias
 
 from sheepdog.contracts.services import Executor
 from sheepdog.contracts.store import Buffer, ObjectStore, ShardKey
@@ -18,10 +19,8 @@ from sheepdog.daemon.outbox import Outbox
 from sheepdog.errors import SheepdogError, StoreDeviceError, StoreError
 from sheepdog.wire.results import Result
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
 INLINE_BYTES_MAX = 64 * 1024
+FLUSH_THREADS = 4  # for the files of one group commit
 
 # result code, and the bytes read (or the result of the work) on success
 Done: TypeAlias = Callable[[int, Any], None]
@@ -42,7 +41,7 @@ class Shards:
     ) -> None:
         """
         :param durable: answers to writes mean that the bytes survive power loss.
-        :param device_failed: told of each disk error; says whether the sheep still has a disk, so that a retry can help.
+        :param device_failed: told of each disk error; says whether the sheep still has a disk: a retry can help then.
         """
         self.store = store
         self._executor = executor
@@ -53,6 +52,11 @@ class Shards:
         self._commit: dict[ShardKey, list[Done]] = {}
         self._committing = False
         self._commit_deferred = False
+        # Recovery sets these: shards that must not be used yet, what it has to know, what is flushed before the data.
+        self.gate: Callable[[ShardKey], bool] | None = None
+        self.removed: Callable[[ShardKey], None] = _ignore
+        self.created: Callable[[ShardKey], None] = _ignore
+        self.before_flush: Callable[[], None] = _nothing
 
     def replace(self, store: ObjectStore) -> None:
         """Another store takes over (format). Work under way still ends on the old one."""
@@ -62,10 +66,26 @@ class Shards:
         """A worker is changing this shard."""
         return key in self._lanes
 
+    def changing(self) -> list[ShardKey]:
+        """All shards that workers are changing."""
+        return list(self._lanes)
+
+    def disk_failed(self, error: StoreDeviceError) -> bool:
+        """A disk error met outside of here is handled; says whether a disk is left."""
+        return self._device_failed(error)
+
+    def _gated(self, key: ShardKey, done: Done) -> bool:
+        if self.gate is not None and self.gate(key):
+            done(Result.NETWORK_ERROR, None)
+            return True
+        return False
+
     # ---- reads
 
     def read(self, key: ShardKey, offset: int, length: int, done: Done) -> None:
         """``done(SUCCESS, bytes)``; what lies beyond the end of the shard reads as zeros."""
+        if self.gate is not None and self._gated(key, done):
+            return
         buffer = bytearray(length)
         view = memoryview(buffer)
         try:
@@ -87,6 +107,8 @@ class Shards:
 
     def write(self, key: ShardKey, offset: int, data: Buffer, done: Done) -> None:
         """Bytes of an existing shard are replaced."""
+        if self.gate is not None and self._gated(key, done):
+            return
         store = self.store
         if len(data) <= INLINE_BYTES_MAX and key not in self._lanes:
             try:
@@ -100,23 +122,40 @@ class Shards:
                 done(0, None)
             return
         durable = self.durable
-        self._change(key, lambda: store.write(key, data, offset_bytes=offset, durable=durable), done)
+        before_flush = self.before_flush
+
+        def work() -> None:
+            if durable:
+                before_flush()
+            store.write(key, data, offset_bytes=offset, durable=durable)
+
+        self._change(key, work, done)
 
     def create(self, key: ShardKey, offset: int, data: Buffer, size: int, sparse: bool, done: Done) -> None:
         """The shard exists with ``size`` bytes, zeros but for ``data``."""
-        store, durable = self.store, self.durable
-        self._change(
-            key,
-            lambda: store.create(
-                key, data, offset_bytes=offset, size_bytes=size, sparse=sparse, durable=durable
-            ),
-            done,
-        )
+        if self.gate is not None and self._gated(key, done):
+            return
+        store, durable, before_flush = self.store, self.durable, self.before_flush
+        self.created(key)
+
+        def work() -> None:
+            if durable:
+                before_flush()
+            store.create(key, data, offset_bytes=offset, size_bytes=size, sparse=sparse, durable=durable)
+
+        self._change(key, work, done)
 
     def remove(self, key: ShardKey, done: Done) -> None:
         """The shard is gone; NO_OBJ if there was none."""
-        store = self.store
-        self._change(key, lambda: store.remove(key), done)
+        self.removed(key)
+        store, durable = self.store, self.durable
+
+        def work() -> None:
+            store.remove(key)
+            if durable:
+                store.sync((key,))
+
+        self._change(key, work, done)
 
     def run(self, key: ShardKey, work: _Work, done: Done) -> None:
         """``work()`` runs on a worker thread as a change of this shard."""
@@ -168,26 +207,57 @@ class Shards:
             return
         batch, self._commit = self._commit, {}
         self._committing = True
-        keys: Iterable[ShardKey] = tuple(batch)
-        store = self.store
+        keys = tuple(batch)
+        store, before_flush = self.store, self.before_flush
+        # A few threads: their flushes of different files ride on the same commit of the file system.
+        count = min(FLUSH_THREADS, (len(keys) + 1) // 2)
+        results: list[int] = []
 
         def finished(error: Exception | None, _: object) -> None:
             with self._outbox:
+                results.append(0 if error is None else self._failed(error))
+                if len(results) < count:
+                    return
                 self._committing = False
                 if self._commit:
                     self._start_commit()
-                result = 0 if error is None else self._failed(error)
+                result = next((result for result in results if result), 0)
                 for waiting in batch.values():
                     for done in waiting:
                         done(result, None)
 
-        self._executor.submit(lambda: store.sync(keys), finished)
+        def flush() -> None:
+            before_flush()
+            store.sync(keys)
+
+        def prepared(error: Exception | None, _: object) -> None:
+            for first in range(count):
+                part = keys[first::count]
+                if error is not None:
+                    finished(error, None)
+                else:
+                    self._executor.submit(partial(store.sync, part), finished)
+
+        if count == 1:
+            self._executor.submit(flush, finished)
+        else:
+            self._executor.submit(before_flush, prepared)
 
     def _failed(self, error: Exception) -> int:
         if isinstance(error, StoreDeviceError):
-            return Result.NETWORK_ERROR if self._device_failed(error) else Result.EIO
+            # With the last disk this sheep leaves, and others have the data: trying again helps in any case.
+            self._device_failed(error)
+            return Result.NETWORK_ERROR
         if isinstance(error, StoreError):
             return error.result
         if isinstance(error, SheepdogError):
             return error.result
         raise error
+
+
+def _ignore(_: ShardKey) -> None:
+    """Nobody wants to know."""
+
+
+def _nothing() -> None:
+    """Nothing comes before the data."""

@@ -36,7 +36,9 @@ from sheepdog.daemon.peers import PeerPool
 from sheepdog.daemon.placement import Placer, scheme_finder
 from sheepdog.daemon.primary import Primary
 from sheepdog.daemon.recovery import Recovery
+from sheepdog.daemon.recovery_notes import Notes
 from sheepdog.daemon.references import References
+from sheepdog.daemon.repair import Repairs
 from sheepdog.daemon.server import Server
 from sheepdog.daemon.settler import Settler
 from sheepdog.daemon.shards import Shards
@@ -53,6 +55,7 @@ from sheepdog.plugins import Announcer
 
 if TYPE_CHECKING:
     from sheepdog.daemon.interfaces import StoreDirectory
+    from sheepdog.daemon.journal import Journal
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +85,7 @@ class SheepParts:
     listen: Sequence[str] = ()
     fixed_store: str | None = None
     announcer: Announcer = field(default_factory=Announcer)
+    notes: Notes = field(default_factory=Notes)
 
 
 class Sheep:
@@ -99,7 +103,8 @@ class Sheep:
         self.outbox = Outbox()
         self.state = SheepState(me)
         self.stats = Stats()
-        self.unsettled = Unsettled()
+        self.unsettled = Unsettled(parts.notes)
+        self.state.recovery_disabled = parts.notes.progress.disabled
         self.dispatcher = Dispatcher(self.state, self.outbox, self.spawn)
         self.server = Server(self.dispatcher, self.outbox, self.unsettled.abandon)
         self.peers = PeerPool(services.transport, self.outbox, clock, self.spawn)
@@ -112,13 +117,15 @@ class Sheep:
         shards: Shards | None = None
         if parts.store is not None:
             shards = Shards(
-                parts.store, services.executor, self.outbox, durable=not config.nosync,
+                parts.store, services.executor, self.outbox,
+                durable=not config.nosync or config.journal is not None,
                 device_failed=self.backend.device_failed,
             )  # fmt: skip
         self.backend.shards = shards
         self.recovery = Recovery(
             self.state, shards, self.placer, self.peers, services.executor, clock, self.outbox, self.spawn,
             disks=len(parts.store.disks()) if parts.store is not None else 1, wildcard=config.wildcard_recovery,
+            notes=parts.notes, delay_s=config.recovery_delay_s,
         )  # fmt: skip
         throttle = config.recovery_throttle
         self.recovery.set_throttle(throttle.max_exec_count, throttle.interval_ms, throttle.active)
@@ -139,13 +146,19 @@ class Sheep:
             self.stats, self.outbox,
         )  # fmt: skip
         self.operations.recovery = self.recovery
-        self.settler = Settler(self.state, self.unsettled, self.primary, self.placer, self.peers, self.outbox)
+        self.settler = Settler(
+            self.state, self.unsettled, self.primary, self.placer, self.peers, self.outbox,
+            lambda: (connection.applied for connection in self.server.connections),
+        )  # fmt: skip
         self.objects = ObjectAccess(self.gateway, self.outbox)
         self.control = Control(
             state=self.state, driver=parts.driver, backend=self.backend, peers=self.peers, objects=self.objects,
             gateway=self.gateway, dispatcher=self.dispatcher, lifecycle=self, services=services, spawn=self.spawn,
             auto_vnodes=config.vnodes is None,
         )  # fmt: skip
+        self.control.info.repairs = Repairs(
+            self.state, self.primary, self.placer, self.peers, self.outbox, self.dispatcher, self.control.info.get_hash
+        )
         self.operations.coherence = Coherence(self.state, self.control.coherence, self.spawn, self.outbox)
         self.gateway.alive = lambda: self.control.membership.alive
         self.recovery.ring_of = self.control.epoch_ring
@@ -212,7 +225,8 @@ class Sheep:
                 for listener in listeners:
                     await listener.aclose()
                 with anyio.move_on_after(DRAIN_S):
-                    while self.stats.gateway_active or self.dispatcher.tasks_active:
+                    # What waits to be tried again will not be: its client resends it to another sheep.
+                    while self.stats.gateway_active > self.gateway.waiting or self.dispatcher.tasks_active:
                         await anyio.sleep(0.01)
                 tasks.cancel_scope.cancel()
             self.server.close()
@@ -299,11 +313,14 @@ async def _run_sheep(
     from sheepdog.contracts.store import StoreOptions
     from sheepdog.daemon.clock import SystemClock
     from sheepdog.daemon.executor import ThreadExecutor
+    from sheepdog.daemon.journal import JournaledStore, start_journal
+    from sheepdog.daemon.recovery_notes import FileNotes
     from sheepdog.daemon.storedir import StoreDirectory, usable_disks
     from sheepdog.model.node import default_zone
 
     storedir = StoreDirectory(config.base)
     storedir.prepare()
+    notes = FileNotes(config.base)
     identity = node_id(config, driver)
     disk_config = storedir.read_config()
     _check_start(config, storedir, disk_config, identity)
@@ -312,13 +329,21 @@ async def _run_sheep(
     store: ObjectStore | None = None
     store_name = fixed or (disk_config.default_store if disk_config is not None else "") or "plain"
 
+    journal: Journal | None = None
+
     def make_store(name: str) -> ObjectStore:
-        return plugins.make_object_store(name, StoreOptions(disks, direct_io=config.directio))
+        made = plugins.make_object_store(name, StoreOptions(disks, direct_io=config.directio))
+        return made if journal is None else JournaledStore(made, journal)
 
     space = 0
     if not config.gateway:
         disks = usable_disks(config.disks, config.base)
         store = make_store(store_name)
+        journal = start_journal(
+            config, store, block_size_shift=disk_config.block_size_shift if disk_config is not None else 0
+        )
+        if journal is not None:
+            store = JournaledStore(store, journal)
         space = (disk_config.space if disk_config is not None else 0) or store.usage().weight_bytes
     vnodes = 0 if config.gateway else config.vnodes or 128
     zone = config.zone if config.zone is not None else default_zone(identity.address)
@@ -339,6 +364,7 @@ async def _run_sheep(
             listen=_listen_addresses(config),
             fixed_store=fixed,
             announcer=plugins.load_observers(),
+            notes=notes,
         )
         sheep = Sheep(me, config, parts)
         async with anyio.create_task_group() as tasks:
@@ -346,7 +372,10 @@ async def _run_sheep(
             code = await sheep.run()
             tasks.cancel_scope.cancel()
     if store is not None and sheep.backend.store is not None:
+        if journal is not None:
+            journal.finish()
         sheep.backend.store.close()
+    notes.close()
     logger.info("shutdown")
     return code
 

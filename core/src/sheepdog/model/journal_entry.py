@@ -2,7 +2,8 @@
 
 An entry is a 508-byte head, the data, zeros, and an end marker that tells a whole entry from one that was cut by a
 crash. Layout: docs, on-disk layout, section 6. The original leaves bytes 33 to 507 of the head zero and does not look
-at them when it replays; entries of ours use seven of them, so that strips find their file and torn data is noticed:
+at them when it replays; entries of ours use 23 of them, so that strips find their file, new files get their size, the
+halves of a journal know their order and torn data is noticed:
 
 ======  ====  =========================================================
 offset  size  field
@@ -10,6 +11,8 @@ offset  size  field
 33      1     0: original entry; 1: the fields below are filled
 34      2     strip number + 1; 0 for a whole copy
 36      4     CRC-32 of the head (with this field zero) and of the data
+40      8     size of the shard that is made; 0: not stated
+48      8     number of the entry, growing through both files; 0: none
 ======  ====  =========================================================
 """
 
@@ -32,8 +35,8 @@ UNIT_BYTES = 512
 HEAD_BYTES = 508
 REPLICA = -1  # index of a whole copy
 
-# magic, kind, oid, offset, size, create, form, strip, crc
-_HEAD = Struct("<IH2xQQQBBHI")
+# magic, kind, oid, offset, size, create, form, strip, crc, shard size, number
+_HEAD = Struct("<IH2xQQQBBHIQQ")
 _MARKER = Struct("<I")
 _CRC_OFFSET = 36
 _MAGIC_BYTES = MAGIC.to_bytes(4, "little")
@@ -46,6 +49,10 @@ class JournalKind(IntEnum):
 
     STORE = 0
     REMOVE = 2
+    FORGET = 4  # ours: what was journaled of this shard before must not be replayed (it is on the disk, or set aside)
+
+
+_KINDS = frozenset(JournalKind)
 
 
 def entry_bytes(data_bytes: int) -> int:
@@ -60,7 +67,9 @@ class JournalEntry:
     :param offset: bytes from the shard's begin.
     :param create: the shard is made by this entry.
     :param index: strip number, or ``REPLICA`` for a whole copy.
-    :param checked: carry strip number and checksum; False makes the original's form.
+    :param checked: carry what is ours (strip number, checksum, and the rest); False makes the original's form.
+    :param size_bytes: of the shard that is made, 0 where it is not stated.
+    :param number: of the entry, growing through both files of a journal.
     """
 
     kind: JournalKind
@@ -70,6 +79,8 @@ class JournalEntry:
     create: bool = False
     index: int = REPLICA
     checked: bool = True
+    size_bytes: int = 0
+    number: int = 0
 
     def __len__(self) -> int:
         """Bytes of the packed entry."""
@@ -81,9 +92,11 @@ class JournalEntry:
         form = _FORM_CHECKED if self.checked else _FORM_ORIGINAL
         strip = self.index + 1 if self.checked else 0
         fields = (MAGIC, self.kind, self.oid, self.offset, size, self.create, form, strip)
-        head = _HEAD.pack(*fields, 0)
+        more = (self.size_bytes, self.number) if self.checked else (0, 0)
+        head = _HEAD.pack(*fields, 0, *more)
         if self.checked:
-            head = _HEAD.pack(*fields, zlib.crc32(self.data, zlib.crc32(head.ljust(HEAD_BYTES, b"\0"))))
+            crc = zlib.crc32(self.data, zlib.crc32(head.ljust(HEAD_BYTES, b"\0")))
+            head = _HEAD.pack(*fields, crc, *more)
         return head.ljust(HEAD_BYTES, b"\0"), _MARKER.pack(END_MARKER).rjust(
             entry_bytes(size) - HEAD_BYTES - size, b"\0"
         )
@@ -102,9 +115,9 @@ class JournalEntry:
         view = memoryview(buffer)[offset:]
         if len(view) < UNIT_BYTES:
             raise ProtocolError(f"a journal entry has at least {UNIT_BYTES} bytes, {len(view)} are left")
-        magic, kind, oid, start, size, create, form, strip, crc = _HEAD.unpack_from(view)
+        magic, kind, oid, start, size, create, form, strip, crc, shard_bytes, number = _HEAD.unpack_from(view)
         length = entry_bytes(size)
-        if magic != MAGIC or kind not in (JournalKind.STORE, JournalKind.REMOVE) or length > len(view):
+        if magic != MAGIC or kind not in _KINDS or length > len(view):
             raise ProtocolError(f"no journal entry at {offset}")
         if _MARKER.unpack_from(view, length - _MARKER.size)[0] != END_MARKER:
             raise ProtocolError(f"the journal entry at {offset} was cut short")
@@ -115,8 +128,9 @@ class JournalEntry:
             head[_CRC_OFFSET : _CRC_OFFSET + 4] = bytes(4)
             if zlib.crc32(data, zlib.crc32(head)) != crc:
                 raise ProtocolError(f"the journal entry at {offset} has a wrong checksum")
-        index = strip - 1 if checked else REPLICA
-        return cls(JournalKind(kind), oid, start, data, bool(create), index, checked)
+        if not checked:
+            return cls(JournalKind(kind), oid, start, data, bool(create), checked=False)
+        return cls(JournalKind(kind), oid, start, data, bool(create), strip - 1, True, shard_bytes, number)
 
 
 class PlacedEntry(NamedTuple):

@@ -29,6 +29,7 @@ from sheepdog.model.node import Node, NodeId
 
 START_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 30.0
+END_TIMEOUT_S = 10.0  # of a killed process
 
 
 class KitMember(ABC):
@@ -196,9 +197,10 @@ class ProcessMember(KitMember):
         finally:
             self._ended.set()
             self._notify()
-            with anyio.CancelScope(shield=True):
-                with suppress(ProcessLookupError):
-                    process.kill()
+            with suppress(ProcessLookupError):
+                process.kill()
+            # bounded: a test run must not hang because of a process that cannot be reaped
+            with anyio.move_on_after(END_TIMEOUT_S, shield=True):
                 await process.wait()
                 await process.aclose()
 

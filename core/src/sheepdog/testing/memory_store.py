@@ -268,8 +268,7 @@ class MemoryStore(ObjectStore):
     def sync(self, keys: Iterable[ShardKey]) -> None:
         with self._medium.lock:
             for key in dict.fromkeys(keys):
-                if not self.exists(key):
-                    continue
+                self.exists(key)  # meets a broken disk
                 self._flush(key)
 
     def usage(self) -> Usage:

@@ -7,6 +7,7 @@ must be installed.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import shutil
 import socket
@@ -14,16 +15,37 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 HOST = "127.0.0.1"
 START_S = 40.0
+HANG_S = 200.0  # longer than the timeout of any test that needs a server
 ZOOKEEPER_JARS = ("/usr/share/java/zookeeper.jar",)
 # Debian names each library as a jar of its own, and zookeeper.jar lists those it needs in its manifest.
+
+
+@contextmanager
+def hang_guard(config: pytest.Config, limit_s: float = HANG_S) -> Iterator[None]:
+    """A test that hangs beyond all its timeouts ends the whole run, with the stacks of all threads on stderr.
+
+    The timeouts are exceptions, thrown once into whatever runs at that moment; an event loop or a library may swallow
+    them, and they never come while a library blocks with the interpreter's lock held. This does not depend on either.
+    """
+    capture: Any = config.pluginmanager.getplugin("capturemanager")  # Any: not part of pytest's typed interface
+    with capture.global_and_fixture_disabled() if capture is not None else nullcontext():
+        stderr = os.dup(2)
+    try:
+        faulthandler.dump_traceback_later(limit_s, exit=True, file=stderr)
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        os.close(stderr)
 
 
 def missing_service(reason: str) -> None:
@@ -71,8 +93,16 @@ def start_server(
     return process
 
 
-def start_zookeeper(base: Path, stack: ExitStack) -> str:
-    """A ZooKeeper server; returns ``host:port``."""
+@dataclass(frozen=True)
+class Service:
+    """A running server. Tests may stop and continue its process; it is killed in the end, also when stopped."""
+
+    address: str
+    process: subprocess.Popen[bytes]
+
+
+def start_zookeeper(base: Path, stack: ExitStack) -> Service:
+    """A ZooKeeper server."""
     java = shutil.which("java")
     jar = next((path for path in ZOOKEEPER_JARS if Path(path).exists()), None)
     if java is None or jar is None:
@@ -96,12 +126,11 @@ def start_zookeeper(base: Path, stack: ExitStack) -> str:
             return False
 
     command = [java, "-Xmx128m", "-cp", jar, "org.apache.zookeeper.server.ZooKeeperServerMain", str(config)]
-    start_server(command, directory, ready, stack)
-    return f"{HOST}:{port}"
+    return Service(f"{HOST}:{port}", start_server(command, directory, ready, stack))
 
 
-def start_etcd(base: Path, stack: ExitStack) -> str:
-    """An etcd server with short leases; returns ``host:port``."""
+def start_etcd(base: Path, stack: ExitStack) -> Service:
+    """An etcd server with short leases."""
     etcd = shutil.which("etcd")
     if etcd is None:
         missing_service("no etcd server here (Debian: apt-get install etcd-server)")
@@ -125,8 +154,7 @@ def start_etcd(base: Path, stack: ExitStack) -> str:
         except (OSError, urllib.error.URLError):
             return False
 
-    start_server(command, directory, ready, stack)
-    return f"{HOST}:{client}"
+    return Service(f"{HOST}:{client}", start_server(command, directory, ready, stack))
 
 
 def driver_specs(kind: str, count: int, base: Path, stack: ExitStack) -> list[str]:
@@ -135,9 +163,9 @@ def driver_specs(kind: str, count: int, base: Path, stack: ExitStack) -> list[st
     :param kind: ``zk``, ``zookeeper``, ``etcd`` or ``raft``.
     """
     if kind in ("zk", "zookeeper"):
-        return [f"{kind}:{start_zookeeper(base, stack)}/sheepdog,timeout=2000"] * count
+        return [f"{kind}:{start_zookeeper(base, stack).address}/sheepdog,timeout=2000"] * count
     if kind == "etcd":
-        return [f"etcd:{start_etcd(base, stack)}/sheepdog,ttl=2"] * count
+        return [f"etcd:{start_etcd(base, stack).address}/sheepdog,ttl=2"] * count
     if kind == "raft":
         # an odd number of voters; where two would lose the quorum with either, there is one
         voters = [f"{HOST}:{port}" for port in free_ports(1 if count < 3 else 3 if count < 5 else 5)]

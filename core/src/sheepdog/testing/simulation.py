@@ -24,6 +24,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from struct import Struct
 from typing import Any, TypeVar
 
@@ -34,20 +35,19 @@ import trio.testing
 from sheepdog.builtin.copies import sheepdog_redundancy
 from sheepdog.contracts.services import Services
 from sheepdog.contracts.store import REPLICA, ShardKey, StoreOptions
-from sheepdog.contracts.transport import Channel
 from sheepdog.daemon.config import SheepConfig
+from sheepdog.daemon.recovery_notes import Notes, Progress
 from sheepdog.daemon.sheep import Sheep, SheepParts
-from sheepdog.errors import SheepdogError, TransportError
+from sheepdog.errors import SheepdogError
 from sheepdog.model.clusterinfo import ClusterFlag, ClusterStatus, DiskConfig
 from sheepdog.model.epochs import EpochRecord
 from sheepdog.model.node import Node, NodeId
 from sheepdog.testing.memory_cluster import MemoryCluster
 from sheepdog.testing.memory_store import MemoryMedium, MemoryStore
 from sheepdog.testing.memory_transport import MemoryNetwork, Timers
-from sheepdog.wire.codec import response_decoder
-from sheepdog.wire.header import FLAG_WRITE, Request, Response
-from sheepdog.wire.opcodes import SHEEP_PROTO_VER, Op
-from sheepdog.wire.results import Result
+from sheepdog.testing.simulation_client import SimulatedClient
+from sheepdog.wire.header import FLAG_WRITE, Request
+from sheepdog.wire.opcodes import Op
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +59,9 @@ PORT = 7000
 DISK = "/simulated/obj"
 NODE_SPACE = 64 * 1024 * MiB
 SETTLE_S = 300.0  # virtual; then the cluster is taken for stuck
-ANSWER_S = 400.0  # virtual; a request without an answer for so long is a failure of the cluster
-
-# What a client of a sheep that is not ready yet sees; it tries again, as a guest does that waits for its storage.
-TRY_AGAIN = frozenset({Result.WAIT_FOR_JOIN, Result.WAIT_FOR_FORMAT, Result.KILLED, Result.SHUTDOWN, Result.HALT})
+IDLE_S = 60.0  # virtual; longer than a sheep waits for another one's answer
 
 _CLUSTER_VARIANT = Struct("<8xQBBHIIB3x")
-_VDI_VARIANT = Struct("<QIBBBBII8x")
 
 
 class SimulationFailed(AssertionError):
@@ -177,6 +173,27 @@ class SimulatedStoreDirectory:
         self._epochs = {epoch: data for epoch, data in self._epochs.items() if epoch <= after}
 
 
+class SimulatedNotes(Notes):
+    """Notes of recovery that survive a simulated sheep, as far as they would on a real disk."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._saved = Progress()
+        self._safe = [dict(half) for half in self._halves]
+
+    def save(self) -> None:
+        self._saved = replace(self.progress)
+
+    def flush(self) -> None:
+        self._safe = [dict(half) for half in self._halves]
+
+    def ended(self, *, power: bool) -> None:
+        """The process that made the notes is gone; with ``power``, so is what was not flushed."""
+        self.progress = replace(self._saved)
+        if power:
+            self._halves = [dict(half) for half in self._safe]
+
+
 class SimulatedSheep:
     """One machine: its disk outlives the sheep that runs on it."""
 
@@ -187,6 +204,7 @@ class SimulatedSheep:
         self.node = Node(NodeId.of(self.host, PORT), 128, number, NODE_SPACE)
         self.medium = MemoryMedium()
         self.storedir = SimulatedStoreDirectory()
+        self.notes = SimulatedNotes()
         self.sheep: Sheep | None = None
         self._scope: trio.CancelScope | None = None
         self._executor: SimulatedExecutor | None = None
@@ -221,6 +239,7 @@ class SimulatedSheep:
             make_store=lambda name: self.open_store(),
             redundancies=(sheepdog_redundancy(),),
             listen=(self.address,),
+            notes=self.notes,
         )
         config = SheepConfig(base="/simulated", disks=(DISK,), nosync=simulation.nosync)
         self.sheep = Sheep(self.node, config, parts)
@@ -257,6 +276,7 @@ class SimulatedSheep:
         self._scope.cancel()
         self.sheep = None
         await self._ended.wait()
+        self.notes.ended(power=power)
         if power:
             self.medium.lose_power(simulation.random)
 
@@ -389,6 +409,37 @@ class Simulation:
         await trio.sleep(1)
         await self.until(self.is_settled, "the cluster to recover")
 
+    def leftovers(self) -> list[str]:
+        """What a sheep still remembers of requests though none is under way."""
+        found = []
+        for node in self.nodes:
+            if node.sheep is None:
+                continue
+            sheep = node.sheep
+            for what, value in (
+                ("lanes", sheep.primary.lanes),
+                ("changes", sheep.gateway.changes_in_flight),
+                ("requests that wait", sheep.gateway.waiting),
+                ("requests of clients", sheep.stats.gateway_active),
+                ("requests of sheep", sheep.stats.peer_active),
+                ("incomplete changes", sheep.unsettled.in_flight),
+                ("objects to settle", len(sheep.unsettled.oids)),
+                ("applied changes", sum(len(connection.applied) for connection in sheep.server.connections)),
+            ):
+                if value:
+                    found.append(f"node {node.number}: {value} {what}")
+        return found
+
+    async def idle(self) -> None:
+        """No request is under way, and no sheep keeps anything of those that were.
+
+        :raises AssertionError: some does.
+        """
+        deadline = trio.current_time() + IDLE_S
+        while found := self.leftovers():
+            assert trio.current_time() < deadline, f"after {IDLE_S:.0f} virtual seconds without requests: {found}"
+            await trio.sleep(0.05)
+
     def describe(self) -> str:
         """The state of each node, for failure messages."""
         lines = []
@@ -453,150 +504,3 @@ class Simulation:
                 at = next(i for i, (a, b) in enumerate(zip(content, first, strict=True)) if a != b)
                 raise AssertionError(f"oid={oid:016x} differs on node {number} from byte {at} on")
         return first
-
-
-class _Connection:
-    """Receiver of one connection of a client."""
-
-    def __init__(self, channel: Channel) -> None:
-        self.channel = channel
-        self.decoder = response_decoder()
-        self.waiting: dict[int, tuple[trio.Event, list[Response]]] = {}
-        self.open = True
-
-    def get_buffer(self, size_hint: int) -> memoryview:
-        return self.decoder.get_buffer()
-
-    def buffer_updated(self, count: int) -> None:
-        for response in self.decoder.received(count):
-            event, answers = self.waiting.pop(response.id)
-            answers.append(response)
-            event.set()
-
-    def closed(self, error: Exception | None) -> None:
-        self.open = False
-        for event, _ in self.waiting.values():
-            event.set()
-
-    def writable(self) -> None:
-        """Requests of a simulated client are few."""
-
-
-class SimulatedClient:
-    """Speaks the wire protocol to one sheep at a time, and to another one when the connection breaks.
-
-    As a block driver does, it sends a request again until it was answered: everything is done at least once.
-    """
-
-    def __init__(self, simulation: Simulation, name: str) -> None:
-        self.simulation = simulation
-        self.host = name
-        self.random = simulation.fork_random()
-        self._transport = simulation.network.transport(name)
-        self._connection: _Connection | None = None
-        self._connecting = trio.Lock()
-        self._next_id = 1
-
-    async def succeed(self, request: Request) -> Response:
-        """The answer, which is SUCCESS."""
-        response = await self.request(request)
-        assert response.result == Result.SUCCESS, f"{request!r}: {Result(response.result).name}"
-        return response
-
-    async def request(self, request: Request) -> Response:
-        """The final answer to ``request``, sent again over broken connections and to sheep that are not ready.
-
-        :raises AssertionError: no answer within ``ANSWER_S``.
-        """
-        request.proto = SHEEP_PROTO_VER if request.opcode >= 0x80 else 2
-        if len(request.body):
-            request.flags |= FLAG_WRITE
-            request.data_length = len(request.body)
-        deadline = trio.current_time() + ANSWER_S
-        while True:
-            with trio.move_on_at(deadline):
-                response = await self._attempt(request)
-                if response is not None and response.result not in TRY_AGAIN:
-                    return response
-                await trio.sleep(self.random.uniform(0.05, 0.3))
-                continue
-            raise AssertionError(f"{self.host}: no answer to {request!r}; {self.simulation.describe()}")
-
-    async def _attempt(self, request: Request) -> Response | None:
-        """The answer, or ``None`` when the connection could not be made or broke."""
-        connection = await self._connected()
-        if connection is None:
-            return None
-        request.id = self._next_id
-        self._next_id += 1
-        event = trio.Event()
-        answers: list[Response] = []
-        connection.waiting[request.id] = (event, answers)
-        connection.channel.write([request.pack(), request.body])
-        await event.wait()
-        return answers[0] if answers else None
-
-    async def _connected(self) -> _Connection | None:
-        async with self._connecting:
-            if self._connection is not None and self._connection.open:
-                return self._connection
-            self._connection = None
-            running = self.simulation.running()
-            if not running:
-                return None
-            made: list[_Connection] = []
-
-            def make(channel: Channel) -> _Connection:
-                made.append(_Connection(channel))
-                return made[0]
-
-            try:
-                with trio.fail_after(5):
-                    await self._transport.connect(self.random.choice(running).address, make)
-            except (TransportError, trio.TooSlowError):
-                return None
-            self._connection = made[0]
-            return self._connection
-
-    def move(self, *, abruptly: bool = False) -> None:
-        """The next request goes to a sheep chosen anew, as after a migration. No effect with requests in flight.
-
-        :param abruptly: the connection breaks, and what is in flight is sent again through another sheep.
-        """
-        connection = self._connection
-        if connection is None:
-            return
-        if abruptly:
-            connection.channel.abort()
-        elif not connection.waiting:
-            connection.channel.close()
-            self._connection = None
-
-    # ---- volumes
-
-    async def create_volume(self, name: str, size: int, copies: int = 0) -> int:
-        """The vid of a new volume."""
-        variant = _VDI_VARIANT.pack(size, 0, copies, 0, 0, 0, 0, 0)
-        response = await self.request(Request(Op.NEW_VDI, variant=variant, body=name.encode().ljust(256, b"\0")))
-        # A create that was sent twice finds its own work.
-        assert response.result in (Result.SUCCESS, Result.VDI_EXIST), Result(response.result).name
-        return await self.find_volume(name)
-
-    async def find_volume(self, name: str) -> int:
-        """The vid of an existing volume."""
-        variant = _VDI_VARIANT.pack(0, 0, 0, 0, 0, 0, 0, 0)
-        request = Request(Op.GET_VDI_INFO, variant=variant, body=name.encode().ljust(256, b"\0"))
-        response = await self.succeed(request)
-        return int.from_bytes(response.variant[4:8], "little")
-
-    async def read(self, oid: int, offset: int, length: int) -> bytes:
-        response = await self.succeed(Request(Op.READ_OBJ, oid=oid, offset=offset, data_length=length))
-        assert len(response.body) == length, f"{len(response.body)} bytes instead of {length}"
-        return bytes(response.body)
-
-    async def write(self, oid: int, offset: int, data: bytes) -> None:
-        await self.succeed(Request(Op.WRITE_OBJ, oid=oid, offset=offset, body=data))
-
-    async def create(self, oid: int, data: bytes = b"", offset: int = 0) -> None:
-        request = Request(Op.CREATE_AND_WRITE_OBJ, oid=oid, offset=offset, body=data, flags=FLAG_WRITE)
-        await self.succeed(request)

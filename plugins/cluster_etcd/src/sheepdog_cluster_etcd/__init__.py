@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from sheepdog.api import ClusterDriver, hookimpl
 from sheepdog_cluster_etcd.options import EtcdOptions
 
@@ -18,6 +20,9 @@ def sheepdog_cluster_driver(options: str) -> ClusterDriver:
     """
     # here, because gRPC takes long to import and the options may be wrong
     parsed = EtcdOptions.parse(options)
+    # Its handlers around fork() wait for gRPC's threads while they hold the interpreter's lock. We only ever fork to
+    # start another program, which needs none of that.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     from sheepdog_cluster_etcd.driver import EtcdDriver
 
     return EtcdDriver(parsed)

@@ -64,6 +64,7 @@ GIVE_UP = 2.0  # leases without an answer: then the session is lost, whatever et
 CLEANUP_S = 2.0
 RETRY_DELAY_S = 0.1
 SILENT_BEATS = 3
+BOUND_EXTRA_S = 3.0  # etcd looks for expired leases twice a second, and may be slow
 ENDPOINT_RETRY_S = 0.3  # the library's default of 300 s would outlast any lease
 THREADS_MAX = 6
 BACKLOG_MAX = 10_000  # watch responses that wait for the caller of events()
@@ -79,6 +80,8 @@ REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED, g
 
 class EtcdDriver(ClusterDriver):
     """The cluster below one prefix of an etcd."""
+
+    name = "etcd"
 
     def __init__(self, options: EtcdOptions) -> None:
         self.options = options
@@ -99,6 +102,7 @@ class EtcdDriver(ClusterDriver):
                 tasks.start_soon(session.mailbox.run)
                 try:
                     with anyio.move_on_after(self.options.connect_timeout_s) as scope:
+                        session.joining = scope
                         await session.open(greeting)
                     if scope.cancelled_caught:
                         raise ClusterUnavailable(f"etcd {self.options.text} does not answer")
@@ -143,6 +147,7 @@ class EtcdSession(GroupSession):
         self._taking = False
         self._contact_s = 0.0
         self._closed = False
+        self.joining: anyio.CancelScope | None = None  # ends the attempt to join
         self._arrived = anyio.Event()
         self._backlog: deque[tuple[object, Any]] = deque()  # (watch, response or error); Any: the library is not typed
         self._watch: object = None
@@ -271,10 +276,8 @@ class EtcdSession(GroupSession):
                 found = await self._insist(partial(self._list, members, revision=held.create_revision))
                 break
             if session not in self._ended:
-                raise ConfigError(
-                    f"{self.me.id.text} is in use by another sheep below {self._options.prefix} of etcd "
-                    f"{self._options.text}, or by one that died in the last {self.ttl_s} seconds"
-                )
+                await self._outlast(held)
+                continue
             await self._transact(
                 [do.create(self._member_key) == held.create_revision], [do.delete(self._member_key)], []
             )
@@ -285,6 +288,40 @@ class EtcdSession(GroupSession):
                 self.state.apply(value)
         assert self._revision, "our own key is not among the members"
         await self.take(entry)
+
+    async def _outlast(self, held: Any) -> None:  # Any: the library is not typed
+        """The member key that stands in our way is gone, because the lease of a dead session ended.
+
+        It may be our own from before a crash. Our own new lease is kept meanwhile.
+
+        :raises ConfigError: the lease is kept by somebody who lives.
+        """
+        started_s = time.monotonic()
+        left_s: float | None = None
+        renewals = 0
+        bound_s = 1.5 * self.ttl_s + BOUND_EXTRA_S
+        logger.info("%s was in use a moment ago, waiting for the end of its lease", self.me.id.text)
+        while True:
+            asked_s = time.monotonic()
+            answers = await self._insist(lambda: list(self._client.refresh_lease(self._lease)))
+            if answers and answers[0].TTL > 0:
+                self._renewed(asked_s)
+            found = await self._insist(lambda: self._client.get_response(self._member_key).kvs)
+            if not found or found[0].create_revision != held.create_revision:
+                return
+            lease = await self._insist(partial(self._client.get_lease_info, found[0].lease))
+            # A dead lease shrinks, but a new leader of etcd gives all of them their full time once more.
+            renewals += left_s is not None and left_s < lease.TTL
+            bound_s = max(bound_s, 1.5 * lease.grantedTTL + BOUND_EXTRA_S)
+            if renewals >= 2 or asked_s - started_s > bound_s:
+                raise ConfigError(
+                    f"{self.me.id.text} is in use by another sheep below {self._options.prefix} of etcd "
+                    f"{self._options.text}, which is alive"
+                )
+            left_s = lease.TTL
+            if self.joining is not None:  # etcd answers; this wait has a bound of its own
+                self.joining.deadline = anyio.current_time() + self._options.connect_timeout_s
+            await anyio.sleep(RETRY_DELAY_S)
 
     async def aclose(self) -> None:
         """Our keys are gone, so the others see our ``Left``; or they go when the lease ends."""

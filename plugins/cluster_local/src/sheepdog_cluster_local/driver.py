@@ -58,6 +58,8 @@ TOUCH_INTERVAL_S = 3600.0
 class LocalDriver(ClusterDriver):
     """The cluster of all sheep on this host that name the same file."""
 
+    name = "local"
+
     detection_s = TICK_S
     default_host = "127.0.0.1"
 

@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 MARGIN = 0.8  # of the timeout: after that part without an applied sign of life we distrust ourselves
 GIVE_UP = 2.0  # timeouts: then the session is lost, whatever the others think
 CLEANUP_S = 2.0
+STOP_S = 10.0  # for the server's thread; it needs milliseconds, but a disk may hang
 ANSWER_TIMEOUT_S = 1.0  # of one attempt to append; a leader that died never answers
 RETRY_DELAY_S = 0.05
 BACKLOG_MAX = 10_000  # entries that wait for the caller of events()
@@ -51,6 +52,8 @@ BACKLOG_MAX = 10_000  # entries that wait for the caller of events()
 
 class RaftDriver(ClusterDriver):
     """The cluster of all sheep that know the same voters."""
+
+    name = "raft"
 
     def __init__(self, options: RaftOptions) -> None:
         self.options = options
@@ -73,6 +76,7 @@ class RaftDriver(ClusterDriver):
                     await session.open()
                     tasks.start_soon(session.follow)
                     with anyio.move_on_after(self.options.connect_timeout_s) as scope:
+                        session.joining = scope
                         await session.enter(greeting)
                     if scope.cancelled_caught:
                         raise ClusterUnavailable(f"no raft leader among {self.options.text} answers")
@@ -112,6 +116,8 @@ class RaftSession(GroupSession):
         # session -> (number of its last beat, when that was applied here)
         self._heard: dict[bytes, tuple[int, float]] = {}
         self._judging_since_s = float("inf")
+        self._latest: Applied | None = None  # the last entry applied here before our join
+        self.joining: anyio.CancelScope | None = None  # ends the attempt to join
 
     # -- joining and leaving ------------------------------------------------------------------------------------
 
@@ -137,13 +143,48 @@ class RaftSession(GroupSession):
             holder = self.state.named(self.me)
             if holder is None:
                 continue
-            if holder.session not in self._ended:
-                raise ConfigError(
-                    f"{self.me.id.text} is in use by another sheep of raft {self._options.text}, or by one that died "
-                    f"in the last {self._options.timeout_s:.0f} seconds"
-                )
-            await self.append(GroupState.leave_record(holder.session))
+            if holder.session in self._ended:
+                await self.append(GroupState.leave_record(holder.session))
+            else:
+                await self._outlast(holder.session)
         self._contact(self._contact_s)
+
+    async def _outlast(self, holder: bytes) -> None:
+        """The session that has our identity is a member no longer: it fell silent for the timeout, as all can see.
+
+        It may be our own from before a crash or a restart of all, when nobody else is left to report it.
+
+        :raises ConfigError: it lives.
+        """
+        timeout_s = self._options.timeout_s
+        logger.info("%s was in use a moment ago, waiting up to %.1f s", self.me.id.text, timeout_s)
+        first = number = self._last_beat(holder)
+        silent_since_s = time.monotonic()
+        probes = 0
+        while True:
+            started_s = time.monotonic()
+            probes += 1
+            await self._put(beat_entry(self.id, probes))  # of no member, so without effect: shows us the end of the log
+            now_s = time.monotonic()
+            if self.joining is not None:  # somebody answers; the wait for the holder has a bound of its own
+                self.joining.deadline = anyio.current_time() + self._options.connect_timeout_s
+            assert self._latest is not None, "an entry was applied, but none was seen"
+            if holder not in self._latest.before.members:
+                return
+            last = self._last_beat(holder)
+            # One beat may have been under way when its sender died.
+            if last > first + 1:
+                raise ConfigError(
+                    f"{self.me.id.text} is in use by another sheep of raft {self._options.text}, which is alive"
+                )
+            if last != number or now_s - started_s > timeout_s / 3:  # without a quorum nobody could be heard
+                number, silent_since_s = last, now_s
+            if now_s - silent_since_s > timeout_s:
+                await self._put(death_entry(holder, number))
+            await anyio.sleep(timeout_s / 6)
+
+    def _last_beat(self, session: bytes) -> int:
+        return self._latest.beats.get(session, 0) if self._latest is not None else 0
 
     async def aclose(self) -> None:
         """The others see our ``Left`` soon; the server has stopped."""
@@ -158,8 +199,10 @@ class RaftSession(GroupSession):
         self._ended.add(self.id)
         if self._opened:
             self._server.request_stop()
-            with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(self._server.stop)
+            with anyio.move_on_after(STOP_S, shield=True) as scope:
+                await anyio.to_thread.run_sync(self._server.stop, abandon_on_cancel=True)
+            if scope.cancelled_caught:
+                logger.warning("the raft server does not end; it is left behind")
 
     # -- the log ------------------------------------------------------------------------------------------------
 
@@ -171,6 +214,7 @@ class RaftSession(GroupSession):
         now_s = time.monotonic()
         mine = entry.session == self.id
         if self._position is None:
+            self._latest = entry
             if entry.kind is Kind.RECORD and mine:
                 self._backlog.append(entry)
                 if entry.counted:  # our join: from here on everything matters

@@ -32,6 +32,8 @@ class RaftOptions:
     password: str | None = None
     connect_timeout_s: float = 10.0
     """How long a join waits for a leader."""
+    election_s: float = 0.4
+    """A voter without a leader stands for election after this time to 3.5 times of it."""
 
     @property
     def text(self) -> str:

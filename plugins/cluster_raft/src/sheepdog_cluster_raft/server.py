@@ -25,7 +25,6 @@ from typing import Any
 
 import cbor2
 from pysyncobj import FAIL_REASON, SyncObj, SyncObjConf, replicated
-from pysyncobj.syncobj import SyncObjException
 
 from sheepdog.api import PAYLOAD_BYTES_MAX, ClusterUnavailable, ConfigError, GroupState, RecordDamaged
 from sheepdog_cluster_raft.options import RaftOptions
@@ -34,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 ENTRY_VERSION = 1
 TICK_S = 0.01
+JOIN_S = 15.0  # an abandoned join must not keep its own thread, and with it the process, for ever
 ENDED_MAX = 1024
 BATCH_BYTES = 8 * PAYLOAD_BYTES_MAX
 
@@ -86,6 +86,8 @@ class ReplicatedLog(SyncObj):  # type: ignore[misc]  # the library is not typed
         conf = SyncObjConf(
             autoTick=False,
             password=options.password,
+            raftMinTimeout=options.election_s,
+            raftMaxTimeout=3.5 * options.election_s,
             appendEntriesPeriod=TICK_S,
             appendEntriesUseBatch=True,
             appendEntriesBatchSizeBytes=BATCH_BYTES,
@@ -182,7 +184,8 @@ class Server:
     def _run(self) -> None:
         try:
             log = ReplicatedLog(self._options, self._applied)
-        except (SyncObjException, OSError, ImportError, ValueError) as error:
+        except Exception as error:
+            # Whatever a damaged journal makes the library raise: who waits for the start must be told.
             self._failure = error
             self._started.set()
             return
@@ -226,7 +229,7 @@ class Server:
         self._stopping = True
 
     def stop(self) -> None:
-        """The thread has ended, if it was ever started."""
+        """The thread has ended, if it was ever started; one that hangs is left behind after ``JOIN_S``."""
         self._stopping = True
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(JOIN_S)

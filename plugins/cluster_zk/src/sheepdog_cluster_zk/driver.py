@@ -76,6 +76,8 @@ DELETE_BATCH = 100
 class ZookeeperDriver(ClusterDriver):
     """The cluster below one path of an ensemble."""
 
+    name = "zookeeper"
+
     def __init__(self, options: ZookeeperOptions) -> None:
         self.options = options
         # An ensemble drops sessions at its tick, which is at most half of the least session time it grants.

@@ -1,0 +1,230 @@
+"""The two files of a write journal: made, appended to, emptied, replayed and removed.
+
+Both have half of the journal's size. One is appended to while the other is empty or being emptied; names, sizes and
+the layout of entries are those of the original (docs: on-disk layout, section 6), which replays what we leave and the
+other way round. A file is emptied by overwriting what was used with zeros instead of making it anew: its blocks stay
+allocated, so that an append needs no more than its own bytes to become durable.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+
+from sheepdog.contracts.store import ObjectStore, ShardKey
+from sheepdog.errors import ConfigError, ObjectNotFound, StoreDeviceError, StoreError, StoreFull
+from sheepdog.model.ids import inode_oid, is_sparse, object_bytes, vid_of
+from sheepdog.model.inode import InodeHeader
+from sheepdog.model.journal_entry import REPLICA, JournalEntry, JournalKind, scan
+
+logger = logging.getLogger(__name__)
+
+FILE_MODE = 0o644
+VECTOR_MAX = 1024  # buffers of one writev, IOV_MAX
+ZEROS = bytes(1 << 20)
+HEADER_PART_BYTES = 572  # of an inode, as much as names its block size
+
+
+def file_paths(directory: str) -> tuple[str, str]:
+    """Where the two files of a journal in this directory are."""
+    return os.path.join(directory, "journal_file0"), os.path.join(directory, "journal_file1")
+
+
+class JournalFile:
+    """One of the two files. Not thread-safe."""
+
+    def __init__(self, path: str, size_bytes: int) -> None:
+        """The file exists with all its space, and is empty.
+
+        :raises ConfigError: the directory is missing, or there is no space.
+        """
+        self.path = path
+        self.size_bytes = size_bytes
+        self.end = 0  # of what was written
+        self.last_number = 0  # of the last entry in it
+        self.keys: set[ShardKey] = set()  # shards whose files are not flushed since an entry was written here
+        try:
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_DSYNC, FILE_MODE)
+        except OSError as error:
+            raise ConfigError(f"cannot open the journal file {path} ({error.strerror})") from error
+        try:
+            os.posix_fallocate(self._fd, 0, size_bytes)
+            os.fsync(self._fd)
+            _sync_directory(os.path.dirname(path))
+        except OSError as error:
+            os.close(self._fd)
+            raise ConfigError(
+                f"cannot reserve {size_bytes} bytes for the journal file {path} ({error.strerror})"
+            ) from error
+
+    def room_for(self, length: int) -> bool:
+        """Whether so many bytes fit behind what is there."""
+        return self.end + length <= self.size_bytes
+
+    def append(self, buffers: Sequence[bytes | bytearray | memoryview], length: int) -> None:
+        """The buffers, ``length`` bytes together, are on stable storage behind what was there.
+
+        :raises OSError: they may be there in part.
+        """
+        at = self.end
+        for first in range(0, len(buffers), VECTOR_MAX):
+            part = [memoryview(buffer).cast("B") for buffer in buffers[first : first + VECTOR_MAX] if len(buffer)]
+            while part:
+                written = os.pwritev(self._fd, part, at)
+                at += written
+                while part and written >= len(part[0]):
+                    written -= len(part.pop(0))
+                if written:
+                    part[0] = part[0][written:]
+        assert at == self.end + length, f"{at - self.end} bytes of journal instead of {length}"
+        self.end = at
+
+    def clear(self) -> None:
+        """The file holds no entry. A crash on the way leaves the last entries of it, which are all applied."""
+        at = 0
+        while at < self.end:
+            at += os.pwrite(self._fd, memoryview(ZEROS)[: self.end - at], at)
+        self.end = 0
+        self.keys = set()
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def remove(self) -> None:
+        """The file is gone."""
+        self.close()
+        with suppress(FileNotFoundError):
+            os.unlink(self.path)
+        _sync_directory(os.path.dirname(self.path))
+
+
+def _sync_directory(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+# ---- replay
+
+
+def replay(directory: str, store: ObjectStore, *, block_size_shift: int) -> int:
+    """The store has, on stable storage, what the journal in ``directory`` says; returns how many entries were applied.
+
+    The older file comes first. What was cut short, or is wrong by its checksum, is left out. Repeating it is harmless.
+    The files are left as they are.
+
+    :param block_size_shift: of volumes whose inode says none; the original did not note the size of what it created.
+    :raises ConfigError: the journal cannot be read, or the disks have no space for it.
+    """
+    files = []
+    for path in file_paths(directory):
+        try:
+            with open(path, "rb") as file:
+                status = os.fstat(file.fileno())
+                if not status.st_size:
+                    continue
+                view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"cannot read the journal file {path} ({error.strerror})") from error
+        entries = [placed.entry for placed in scan(memoryview(view))]
+        if entries:
+            files.append((entries[0].number, status.st_mtime_ns, entries))
+    if all(number for number, _, _ in files):
+        files.sort(key=lambda file: file[0])
+    else:
+        files.sort(key=lambda file: file[1])
+    entries = [entry for _, _, of_file in files for entry in of_file]
+    if not entries:
+        return 0
+    return _Replay(store, block_size_shift).run(entries)
+
+
+class _Replay:
+    """Applies entries to a store."""
+
+    def __init__(self, store: ObjectStore, block_size_shift: int) -> None:
+        self._store = store
+        self._shift = block_size_shift
+        self._strips: dict[int, int] = {}
+        self._missing = 0
+
+    def run(self, entries: Sequence[JournalEntry]) -> int:
+        if any(not entry.checked for entry in entries):
+            # The original does not say which strip; a sheep has one of each object.
+            self._strips = {key.oid: key.index for key in self._store.keys() if key.index != REPLICA}  # noqa: SIM118
+        begin: dict[ShardKey, int] = {}
+        for position, entry in enumerate(entries):
+            if entry.kind is JournalKind.FORGET:
+                begin[self._key(entry)] = position
+        touched: dict[ShardKey, None] = {}
+        applied = 0
+        for position, entry in enumerate(entries):
+            key = self._key(entry)
+            if position <= begin.get(key, -1):
+                continue
+            try:
+                self._apply(key, entry)
+            except ObjectNotFound:
+                self._missing += 1  # set aside or removed later
+                continue
+            except StoreFull as error:
+                raise ConfigError(
+                    f"no space to replay the journal ({error}); free some, or start with -j ...,skip to give it up"
+                ) from error
+            except StoreDeviceError as error:
+                logger.error("journal: %s", error)
+                continue
+            touched[key] = None
+            applied += 1
+        self._flush(list(touched))
+        logger.info("journal: replayed %d of %d entries", applied, len(entries))
+        return applied
+
+    def _flush(self, keys: list[ShardKey]) -> None:
+        try:
+            self._store.sync(keys)
+        except StoreError as error:
+            logger.error("journal: %s", error)
+            for key in keys:  # what lies on the other disks is safe at least
+                with suppress(StoreError):
+                    self._store.sync([key])
+
+    def _key(self, entry: JournalEntry) -> ShardKey:
+        if entry.checked:
+            return ShardKey(entry.oid, entry.index)
+        return ShardKey(entry.oid, self._strips.get(entry.oid, REPLICA))
+
+    def _apply(self, key: ShardKey, entry: JournalEntry) -> None:
+        store = self._store
+        if entry.kind is JournalKind.REMOVE:
+            store.remove(key)
+        elif not entry.create:
+            store.write(key, entry.data, offset_bytes=entry.offset, durable=False)
+        else:
+            size = max(self._size(key, entry), entry.offset + len(entry.data))
+            store.create(
+                key, entry.data, offset_bytes=entry.offset, size_bytes=size, sparse=is_sparse(key.oid), durable=False
+            )
+
+    def _size(self, key: ShardKey, entry: JournalEntry) -> int:
+        if entry.checked:
+            return entry.size_bytes
+        try:
+            return self._store.size(key)
+        except ObjectNotFound:
+            return object_bytes(key.oid, self._volume_shift(key.oid))
+
+    def _volume_shift(self, oid: int) -> int:
+        buffer = bytearray(HEADER_PART_BYTES)
+        try:
+            self._store.read_into(ShardKey(inode_oid(vid_of(oid))), memoryview(buffer), offset_bytes=0)
+        except StoreError:
+            return self._shift
+        return InodeHeader.unpack(buffer).block_size_shift or self._shift

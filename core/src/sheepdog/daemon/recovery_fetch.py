@@ -1,0 +1,377 @@
+"""Finding the newest version of one object among live and set-aside copies of several epochs.
+
+A change that was acknowledged in epoch e is on every holder of that epoch. So the search walks from the present epoch
+back, asking the holders of each. A holder of epoch e answers with its live copy, or with a set-aside one whose epoch
+is e or later; the first answer is the newest version there is. Going on to an older epoch is right only if nothing
+was changed in this one, and that is proved by a holder that is present and has no copy of it. When all holders of an
+epoch are absent they may have newer data than anything that can be found, so the search ends in doubt: what is older
+must not be served, and must not be cleaned up, until one of them is back.
+
+Members of the last epoch to which everybody had recovered had brought together whatever they had. An older version at
+one of its members' former fellow holders is therefore of an object that has been removed since, and is not looked at.
+
+For erasure-coded objects the same walk collects strips until they suffice (``need``): strips of epochs in which
+nothing was changed fit together.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from struct import Struct
+from typing import Any, TypeAlias
+
+import anyio
+
+from sheepdog.contracts.services import Executor
+from sheepdog.contracts.store import REPLICA, Buffer, ObjectStore, ShardKey
+from sheepdog.daemon.outbox import Outbox
+from sheepdog.daemon.peers import PeerPool
+from sheepdog.daemon.placement import Placement
+from sheepdog.daemon.state import SheepState
+from sheepdog.errors import ObjectNotFound, RequestError, StoreBusy, TransportError
+from sheepdog.model.node import NodeId
+from sheepdog.model.ring import Ring
+from sheepdog.wire.header import Request, Response
+from sheepdog.wire.opcodes import Flag, Op
+from sheepdog.wire.results import Result
+
+logger = logging.getLogger(__name__)
+
+PIECE_BYTES = 16 << 20
+LIVE = 0xFFFFFFFF  # in place of the epoch of a set-aside version
+VERSION = Struct("<4xIII")  # variant of an answer: epoch of the version (0: none), Progress.lossy, epoch of a removal
+RINGS_MAX = 4096
+
+RingOf: TypeAlias = Callable[[int], Awaitable[Ring | None]]  # of an epoch; None when nobody knows it
+
+
+class StaleIndex:
+    """Which set-aside versions this sheep has: a directory scan for every question would take too long.
+
+    Used from worker threads.
+    """
+
+    def __init__(self, store: Callable[[], ObjectStore]) -> None:
+        """:param store: the store in use."""
+        self._store = store
+        self._lock = threading.Lock()
+        self._epochs: dict[ShardKey, set[int]] | None = None
+
+    def newest(self, key: ShardKey) -> int:
+        """The epoch of the newest version, 0 for none."""
+        with self._lock:
+            return max(self._all().get(key, ()), default=0)
+
+    def oids(self) -> set[int]:
+        """All objects that have a version."""
+        with self._lock:
+            return {key.oid for key in self._all()}
+
+    def keys(self) -> set[ShardKey]:
+        with self._lock:
+            return set(self._all())
+
+    def _all(self) -> dict[ShardKey, set[int]]:
+        if self._epochs is None:
+            found: dict[ShardKey, set[int]] = {}
+            for key, epoch in self._store().stale_keys():
+                found.setdefault(key, set()).add(epoch)
+            self._epochs = found
+        return self._epochs
+
+    def retire(self, key: ShardKey, epoch: int) -> None:
+        """The live shard is set aside; nobody finds it missing in between. A missing one is none of our business."""
+        with self._lock:
+            self._all().setdefault(key, set()).add(epoch)
+        try:
+            self._store().retire(key, epoch)
+        except ObjectNotFound:
+            with self._lock:
+                epochs = self._all().get(key, set())
+                epochs.discard(epoch)
+                if not epochs:
+                    self._all().pop(key, None)
+
+    def purge(self) -> None:
+        """No set-aside version is left."""
+        with self._lock:
+            self._epochs = {}
+        self._store().purge_stale()
+
+    def forget(self) -> None:
+        """The disks changed: the next question looks."""
+        with self._lock:
+            self._epochs = None
+
+
+class VersionReader:
+    """Reads the version of a shard that an epoch needs, from this sheep's store. Blocks; for worker threads."""
+
+    def __init__(self, store: Callable[[], ObjectStore], index: StaleIndex) -> None:
+        self._store = store
+        self._index = index
+
+    def read(self, key: ShardKey, epoch: int, view: memoryview, offset: int) -> tuple[int, int]:
+        """(count of bytes read, epoch of the version): the live shard, else the newest version not older than ``epoch``.
+
+        With nothing to give, the count is -1 and the epoch that of the newest older version, 0 for none.
+        """
+        store = self._store()
+        for _ in range(3):  # a shard that is set aside between two looks is found by the next
+            try:
+                return store.read_into(key, view, offset_bytes=offset), LIVE
+            except ObjectNotFound:
+                pass
+            newest = self._index.newest(key)
+            try:
+                if newest and newest >= epoch:
+                    return store.read_stale_into(key, newest, view, offset_bytes=offset), newest
+            except ObjectNotFound:
+                self._index.forget()
+                continue
+            if not store.exists(key):
+                return -1, newest
+        raise StoreBusy(f"oid={key.oid:016x} is being moved")
+
+
+@dataclass(slots=True)
+class Found:
+    """What a search came to.
+
+    :param parts: strip index (``REPLICA`` for a whole copy) -> content.
+    :param version: epoch of the oldest version among the parts, ``LIVE`` when all are live at present holders.
+    :param doubtful: holders that may have the object are absent; or they do not answer now (``trouble``).
+    """
+
+    parts: dict[int, Buffer] = field(default_factory=dict)
+    version: int = LIVE
+    doubtful: bool = False
+
+
+@dataclass(slots=True)
+class _Answer:
+    content: Buffer | None
+    version: int
+    lossy: int = 0
+    removed: int = 0
+
+
+class Finder:
+    """Searches for a sheep that recovers."""
+
+    def __init__(
+        self,
+        state: SheepState,
+        peers: PeerPool,
+        executor: Executor,
+        outbox: Outbox,
+        reader: VersionReader | None,
+        lossy: Callable[[], int],
+    ) -> None:
+        """:param lossy: up to this epoch the local store may lack what it once had."""
+        self._state = state
+        self._peers = peers
+        self._executor = executor
+        self._outbox = outbox
+        self._reader = reader
+        self._lossy = lossy
+        self.ring_of: RingOf = _no_ring
+        self._rings: dict[int, Ring | None] = {}
+
+    def forget_rings(self) -> None:
+        """The log of epochs is that of another cluster now, or more of it can be known."""
+        self._rings = {}
+
+    async def ring(self, epoch: int) -> Ring | None:
+        """The ring of an epoch; remembered."""
+        if epoch == self._state.epoch:
+            return self._state.ring
+        if epoch not in self._rings:
+            if len(self._rings) >= RINGS_MAX:
+                self._rings = {}
+            found = await self.ring_of(epoch)
+            if found is None:
+                logger.warning("epoch=%d is unknown here, clients may see old data", epoch)
+            self._rings[epoch] = found
+        return self._rings[epoch]
+
+    async def find(
+        self, oid: int, placement: Placement, need: int, gathered: int, *, skip_own: bool, live_only: bool = False
+    ) -> Found:
+        """The newest ``need`` shards of the object (1 whole copy, or so many strips).
+
+        :param gathered: the last epoch to which every member had recovered.
+        :param skip_own: our live shard is known to be missing.
+        :param live_only: only what the present holders have.
+        :raises TransportError: a holder that matters does not answer now.
+        :raises RequestError: OLD_NODE_VER, the epoch moved on.
+        """
+        state = self._state
+        epoch = state.epoch
+        replica = placement.scheme.identical
+        present = {node.id for node in state.ring.storage}
+        found = Found()
+        newest: dict[tuple[NodeId, int], _Answer] = {}  # of those that had nothing for a younger epoch
+        trouble: TransportError | None = None
+        fellows: set[NodeId] | None = None
+        removed = 0
+        for older in range(epoch, epoch - 1 if live_only else 0, -1):
+            ring = await self.ring(older)
+            if ring is None:
+                continue
+            holders = [node.id for node in ring.holders(oid, placement.scheme.shards)]
+            if gathered and older < gathered and not found.parts:
+                if fellows is None:
+                    last = await self.ring(gathered)
+                    fellows = {node.id for node in last.nodes} if last is not None else set()
+                if not fellows.isdisjoint(holders):
+                    continue
+            proved = len(holders) < need  # too few for any change of an erasure-coded object
+            for position, node in enumerate(holders):
+                index = REPLICA if replica else position
+                if node not in present or index in found.parts:
+                    continue
+                if skip_own and older == epoch and node == state.me.id:
+                    proved = proved or older > self._lossy()
+                    continue
+                answer = newest.get((node, index))
+                if answer is None or answer.version >= older:
+                    try:
+                        answer = await self.ask(node, ShardKey(oid, index), placement, older)
+                    except TransportError as error:
+                        trouble = error
+                        continue
+                    newest[node, index] = answer
+                    removed = max(removed, answer.removed)
+                if removed >= older:
+                    return Found()
+                if answer.content is not None:
+                    found.parts[index] = answer.content
+                    found.version = min(found.version, answer.version)
+                    if len(found.parts) >= need:
+                        return found
+                    del newest[node, index]
+                elif older > answer.lossy:
+                    proved = True
+            if holders and not proved:
+                if trouble is not None:
+                    break
+                found.doubtful = True
+                break
+        if trouble is not None:
+            raise trouble
+        return found
+
+    async def find_wildcard(self, oid: int, index: int, placement: Placement) -> Found:
+        """The newest version of a shard that any member has, whatever newer ones may have been lost."""
+        key = ShardKey(oid, index)
+        best: tuple[int, NodeId] | None = None
+        for node in self._state.ring.storage:
+            try:
+                answer = await self.ask(node.id, key, placement, 1, length=0)
+            except TransportError:
+                continue
+            if answer.version and (best is None or answer.version > best[0]):
+                best = answer.version, node.id
+        found = Found()
+        if best is not None:
+            answer = await self.ask(best[1], key, placement, 1)
+            if answer.content is not None:
+                logger.warning("oid=%016x is taken from node=%s, epoch=%d", oid, best[1].text, answer.version)
+                found.parts[index] = answer.content
+                found.version = answer.version
+        return found
+
+    async def ask(
+        self, node: NodeId, key: ShardKey, placement: Placement, older: int, *, length: int | None = None
+    ) -> _Answer:
+        """What ``node`` has of a shard that is live, or was at ``older``.
+
+        :raises TransportError: no answer, or not now.
+        :raises RequestError: OLD_NODE_VER, the epoch moved on.
+        """
+        if length is None:
+            length = placement.object_bytes
+            if key.index != REPLICA:
+                length = placement.scheme.shard_bytes(length)
+        if node == self._state.me.id:
+            return await self._ask_own(key, older, length)
+        if length <= PIECE_BYTES:
+            return await self._ask_piece(node, key, placement, older, 0, length)
+        whole = bytearray()
+        while True:
+            answer = await self._ask_piece(
+                node, key, placement, older, len(whole), min(PIECE_BYTES, length - len(whole))
+            )
+            if answer.content is None:
+                if whole:
+                    raise TransportError(f"node {node.text} lost oid={key.oid:016x} while it was read")
+                return answer
+            whole += answer.content
+            if not len(answer.content) or len(whole) >= length:
+                answer.content = whole
+                return answer
+
+    async def _ask_own(self, key: ShardKey, older: int, length: int) -> _Answer:
+        reader = self._reader
+        assert reader is not None, "only a sheep with a store holds objects"
+
+        def work() -> _Answer:
+            buffer = memoryview(bytearray(length))
+            count, version = reader.read(key, older, buffer, 0)
+            return _Answer(None if count < 0 else buffer[:count], version, self._lossy())
+
+        return await self._executor.run(work)
+
+    async def _ask_piece(
+        self, node: NodeId, key: ShardKey, placement: Placement, older: int, offset: int, length: int
+    ) -> _Answer:
+        response = await self.request(
+            node, Op.READ_PEER, key.oid, flags=Flag.RECOVERY, tgt_epoch=older, offset=offset, length=length,
+            ec_index=max(key.index, 0), copy_policy=placement.policy if key.index != REPLICA else 0,
+        )  # fmt: skip
+        version, lossy, removed = VERSION.unpack_from(response.variant.ljust(VERSION.size, b"\0"))
+        if response.result == Result.NO_OBJ:
+            return _Answer(None, version, lossy, removed)
+        if response.result == Result.OLD_NODE_VER:
+            raise RequestError("the epoch moved on", result=Result.OLD_NODE_VER)
+        if response.result:
+            raise TransportError(f"node {node.text} answers 0x{response.result:02x} for oid={key.oid:016x}")
+        return _Answer(response.body, version, lossy, removed)
+
+    # ---- requests to one node
+
+    async def request(self, node: NodeId, opcode: int, oid: int, **fields: Any) -> Response:  # Any: of object_request
+        """The answer to one object request under the present epoch; NETWORK_ERROR when there is none."""
+        return await self._answer(
+            lambda done: self._peers.link(node).object_request(opcode, self._state.epoch, oid, done, **fields)
+        )
+
+    async def send(self, node: NodeId, request: Request) -> Response:
+        """The answer to any other request; NETWORK_ERROR when there is none."""
+        return await self._answer(lambda done: self._peers.link(node).send(request, done))
+
+    async def _answer(self, send: Callable[[Callable[[Response], None]], None]) -> Response:
+        event = anyio.Event()
+        answers: list[Response] = []
+
+        def done(response: Response) -> None:
+            answers.append(response)
+            event.set()
+
+        with self._outbox:
+            send(done)
+        await event.wait()
+        return answers[0]
+
+
+async def _no_ring(_: int) -> Ring | None:
+    return None
+
+
+def indexes(placement: Placement) -> Sequence[int]:
+    """The shard indexes that an object has at its present holders, in their order."""
+    return (REPLICA,) * len(placement.holders) if placement.scheme.identical else range(len(placement.holders))

@@ -1,0 +1,377 @@
+"""Nodes come and go, and nothing is lost: recovery over real connections and real files."""
+
+from __future__ import annotations
+
+import anyio
+import pytest
+from sheepdog_store_plain import sheepdog_object_store
+
+from sheepdog.api import StoreOptions
+from sheepdog.contracts.store import ShardKey
+from sheepdog.daemon import recovery_fetch
+from sheepdog.errors import ObjectNotFound, SheepdogError
+from sheepdog.model.ids import attribute_oid, data_oid
+
+from .data_plane import random_bytes
+from .recovery_world import OBJECT, VID, digest, world
+
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
+
+
+@pytest.fixture
+def anyio_backend():
+    """The loop that sheep run on; recovery over a simulated network on trio is tested by the simulation."""
+    return "asyncio"
+
+
+@pytest.fixture
+def make_store(tmp_path):
+    def make(number):
+        path = tmp_path / f"disk{number}"
+        path.mkdir()
+        return sheepdog_object_store(StoreOptions((str(path),)))
+
+    return make
+
+
+async def left_behind(w, number, oid, content):
+    """The sheep has a version of epoch 1 set aside, and no epoch was gathered yet."""
+    await w.recovered()
+    with anyio.fail_after(5):
+        while any(plane.recovery.gathered != w.epoch for plane in w.sheep):
+            await anyio.sleep(0.01)
+    await w.sheep[number].recovery.cleanup()
+    for plane in w.sheep:
+        plane.recovery._progress.gathered = 0
+    w.put(number, oid, content)
+    w.sheep[number].store.retire(ShardKey(oid), 1)
+    w.sheep[number].recovery._index.forget()
+
+
+async def test_leaving_and_joining_keep_the_copies(make_store):
+    """After every change each object has its copies where the ring wants them, and nothing set aside is left."""
+    async with world(4, make_store) as w:
+        contents = {data_oid(VID, index): random_bytes(index, OBJECT) for index in range(6)}
+        for oid, content in contents.items():
+            await w.sheep[0].objects.create(oid, 0, content)
+
+        for members in ((0, 1, 2), (1, 2), (1, 2, 3), (0, 1, 2, 3)):
+            await w.change(*members)
+            await w.recovered()
+            for oid, content in contents.items():
+                wanted = {node.id for node in w.rings[w.epoch].holders(oid, 2)}
+                have = [number for number in members if w.has(number, oid)]
+                assert {w.sheep[number].node.id for number in have} == wanted
+                assert {w.content(number, oid) for number in have} == {content}
+            with anyio.fail_after(5):
+                while any(w.stale(number) for number in members):
+                    await anyio.sleep(0.01)
+            assert {w.sheep[number].recovery.gathered for number in members} == {w.epoch}
+
+
+async def test_object_comes_back_with_its_holders(make_store):
+    """An object all of whose holders are gone is recovered when one of them returns, after later epochs have finished."""
+    async with world(4, make_store) as w:
+        oid = w.object_on(0, 1)
+        content = random_bytes(1, OBJECT)
+        await w.sheep[2].objects.create(oid, 0, content)
+        await w.change(2, 3)
+        await w.recovered()
+        with pytest.raises(SheepdogError):
+            await w.sheep[2].objects.read(oid, 0, 512)
+
+        await w.change(0, 2, 3)
+        await w.recovered()
+
+        assert digest(await w.sheep[3].objects.read(oid, 0, OBJECT)) == digest(content)
+        assert len([number for number in w.members if w.has(number, oid)]) == 2
+
+
+async def test_old_copies_do_not_win(make_store):
+    """While those who have the newest version are absent, an older one is neither served nor cleaned up."""
+    async with world(3, make_store) as w:
+        oid = w.object_on(0, 1)
+        old, new = random_bytes(1, OBJECT), random_bytes(2, OBJECT)
+        await w.change(0, 1, 2)
+        await w.sheep[0].objects.create(oid, 0, new)
+        await left_behind(w, 2, oid, old)
+
+        await w.change(2)
+        await w.recovered()
+
+        assert not w.has(2, oid)
+        assert w.sheep[2].recovery.status().unfinished
+        assert (ShardKey(oid), 1) in w.stale(2)
+        await w.change(0, 1, 2)
+        await w.recovered()
+        assert {digest(w.content(number, oid)) for number in w.holders(oid)} == {digest(new)}
+        assert len(w.holders(oid)) == 2
+
+
+async def test_wildcard_takes_what_there_is(make_store):
+    """A sheep started for wildcard recovery brings back an older version when nothing newer can be had."""
+    async with world(3, make_store) as w:
+        oid = w.object_on(0, 1)
+        old = random_bytes(1, OBJECT)
+        w.put(2, oid, old)
+        w.sheep[2].store.retire(ShardKey(oid), 1)
+        w.sheep[2].recovery.wildcard = True
+
+        await w.change(0, 1, 2)
+        await w.change(2)
+        await w.recovered()
+
+        assert digest(w.content(2, oid)) == digest(old)
+
+
+async def test_missed_epoch(make_store):
+    """A copy that belonged here before and after an epoch, but not in it, is replaced by what was written meanwhile."""
+    async with world(2, make_store, copies=1) as w:
+        oid = w.object_on(0, copies=1)
+        old, new = random_bytes(1, OBJECT), random_bytes(2, OBJECT)
+        await w.sheep[0].objects.create(oid, 0, old)
+
+        await w.change(0, 1, storing=(1,))
+        w.put(1, oid, new)  # what a client did in that epoch
+        await w.change(0, 1)
+        refused = []
+        w.sheep[0].shards.read(ShardKey(oid), 0, 512, lambda result, data: refused.append(result))
+        await w.recovered()
+
+        assert refused and refused[0] != 0
+        assert digest(await w.sheep[0].objects.read(oid, 0, OBJECT)) == digest(new)
+        assert digest(w.content(0, oid)) == digest(new)
+
+
+async def test_missed_epoch_over_a_restart(make_store):
+    """A sheep that was killed before it acted upon an epoch does so when it is back."""
+    async with world(2, make_store, copies=1) as w:
+        oid = w.object_on(0, copies=1)
+        old, new = random_bytes(1, OBJECT), random_bytes(2, OBJECT)
+        await w.sheep[0].objects.create(oid, 0, old)
+        await w.change(0, 1)
+        await w.recovered()
+        assert w.sheep[0].recovery._progress.retired == 2
+        plane = w.sheep[0]
+        # Epochs 3 (without us) and 4 (with us) began, and the process died before it looked at its objects.
+        await w.change(1, 0, storing=(1,))
+        await w.change(0, 1)
+        await w.recovered()
+        w.put(0, oid, old)
+        w.put(1, oid, new)
+        w.sheep[1].store.retire(ShardKey(oid), 3)
+        w.sheep[1].recovery._index.forget()
+        plane.recovery._progress.retired = 2
+        plane.recovery._notes.progress = plane.recovery._progress
+        for other in w.sheep:
+            other.recovery._progress.gathered = 2
+        w.restart()
+        assert plane.shards.gate is not None and plane.shards.gate(ShardKey(oid))
+        await w.recovered()
+
+        assert digest(w.content(0, oid)) == digest(new)
+        assert plane.shards.gate is None
+
+
+async def test_removal_while_fetching(make_store):
+    """An object that is removed while a new holder fetches it does not come back."""
+    async with world(3, make_store, copies=2) as w:
+        oid = w.object_on(0, 1)
+        await w.sheep[0].objects.create(oid, 0, b"x" * 4096)
+        target = w.sheep[2].recovery
+        reached, go = anyio.Event(), anyio.Event()
+        find = target.finder.find
+
+        async def slow_find(*args, **options):
+            found = await find(*args, **options)
+            reached.set()
+            await go.wait()
+            return found
+
+        target.finder.find = slow_find
+        await w.change(1, 2)
+        with anyio.fail_after(10):
+            await reached.wait()
+        await w.sheep[1].objects.remove(oid)
+        go.set()
+        await w.recovered()
+
+        assert w.holders(oid) in ([], [0])  # the absent sheep still has its copy
+        target.finder.find = find
+        await w.change(0, 1, 2)
+        await w.recovered()
+        assert w.holders(oid) == []
+
+
+@pytest.mark.parametrize("kind", ["data", "attribute"])
+async def test_removed_while_a_holder_was_away(make_store, kind):
+    """What was removed while a node was away stays removed when the node returns with its old copies."""
+    async with world(3, make_store) as w:
+        candidates = (attribute_oid(VID, number) for number in range(100_000))
+        first, second = w.sheep[0].node.id, w.sheep[1].node.id
+        oid = w.object_on(0, 1)
+        if kind == "attribute":
+            oid = next(oid for oid in candidates if [node.id for node in w.rings[1].holders(oid, 2)] == [first, second])
+        await w.sheep[0].objects.create(oid, 0, b"x" * 4096)
+        await w.change(1, 2)
+        await w.recovered()
+        await w.sheep[1].objects.remove(oid)
+
+        await w.change(0, 1, 2)
+        await w.recovered()
+
+        assert w.holders(oid) == []
+        with pytest.raises(ObjectNotFound):
+            await w.sheep[2].objects.read(oid, 0, 512)
+
+
+async def test_unchanged_copy_is_taken_up_again(make_store):
+    """A node that returns with the version that the others have links it into place instead of fetching it."""
+    async with world(3, make_store) as w:
+        same, changed = w.object_on(0, 1), w.object_on(1, 0)
+        for oid in (same, changed):
+            await w.sheep[0].objects.create(oid, 0, random_bytes(oid & 0xFF, OBJECT))
+        await w.change(1, 2)
+        await w.recovered()
+        await w.sheep[1].objects.write(changed, 0, b"new!" * 1024)
+        fetched = []
+        find = w.sheep[0].recovery.finder.find
+
+        async def counting_find(oid, *args, **options):
+            fetched.append(oid)
+            return await find(oid, *args, **options)
+
+        w.sheep[0].recovery.finder.find = counting_find
+        await w.change(0, 1, 2)
+        await w.recovered()
+
+        assert fetched == [changed]
+        assert w.content(0, changed)[:4096] == b"new!" * 1024
+        assert w.content(0, same) == w.content(1, same)
+
+
+async def test_large_objects_come_in_pieces(make_store, monkeypatch):
+    """An object larger than one answer may be arrives whole."""
+    monkeypatch.setattr(recovery_fetch, "PIECE_BYTES", 300_000)
+    async with world(3, make_store) as w:
+        oid = w.object_on(0, 1)
+        await w.sheep[0].objects.create(oid, 0, random_bytes(7, OBJECT))
+        await w.change(1, 2)
+        await w.recovered()
+
+        assert digest(w.content(2, oid)) == digest(random_bytes(7, OBJECT))
+
+
+async def test_requests_do_not_wait_for_their_turn(make_store):
+    """A missing object that a client reads or writes is fetched at once, even while recovery is switched off."""
+    async with world(3, make_store) as w:
+        oids = [w.object_on(0, 1), w.object_on(1, 0)]
+        for oid in oids:
+            await w.sheep[0].objects.create(oid, 0, random_bytes(1, OBJECT))
+        for plane in w.sheep:
+            plane.state.recovery_disabled = True
+        await w.change(1, 2)
+        with anyio.fail_after(10):
+            while w.sheep[2].recovery._phase == 0:
+                await anyio.sleep(0.01)
+
+        assert not w.sheep[2].recovery.status().in_recovery
+        assert w.sheep[2].recovery.status().unfinished
+        assert not any(w.has(2, oid) for oid in oids)
+        await w.sheep[2].objects.write(oids[0], 0, b"w" * 512)
+        assert w.has(2, oids[0]) and not w.has(2, oids[1])
+        for plane in w.sheep:
+            plane.state.recovery_disabled = False
+            plane.recovery.enabled_changed()
+        with anyio.fail_after(10):
+            while not w.has(2, oids[1]):
+                await anyio.sleep(0.01)
+        await w.recovered()
+        assert w.content(1, oids[0]) == w.content(2, oids[0])
+
+
+async def test_throttle_and_progress(make_store):
+    """With a throttle objects come in windows; progress rises to the total; lifting it speeds up at once."""
+    async with world(3, make_store) as w:
+        oids = []
+        for index in range(100_000):
+            oid = data_oid(VID, index)
+            holders = [node.id for node in w.rings[1].holders(oid, 2)]
+            if w.sheep[2].node.id not in holders:
+                oids.append(oid)
+            if len(oids) == 8:
+                break
+        for oid in oids:
+            await w.sheep[0].objects.create(oid, 0, b"x" * 512)
+        recovery = w.sheep[2].recovery
+        recovery.set_throttle(2, 3_600_000, True)
+        await w.change(1, 2)
+        seen = set()
+        with anyio.fail_after(10):
+            while recovery.status().finished < 2:
+                seen.add(recovery.status().finished)
+                await anyio.sleep(0.005)
+        await anyio.sleep(0.1)
+        assert recovery.status().total == 8
+        assert recovery.status().finished == 2
+
+        recovery.set_throttle(0, 0, False)
+        await w.recovered()
+        assert all(w.has(2, oid) for oid in oids)
+
+
+async def test_delay_spares_the_traffic(make_store):
+    """With a delay nothing moves when a node leaves, unless it is asked for; its return ends the wait."""
+    async with world(3, make_store) as w:
+        oid, asked = w.object_on(0, 1), w.object_on(1, 0)
+        for each in (oid, asked):
+            await w.sheep[0].objects.create(each, 0, b"x" * 512)
+        for plane in w.sheep:
+            plane.recovery._delay_s = 3600.0
+        await w.change(1, 2)
+        with anyio.fail_after(10):
+            while w.sheep[2].recovery._phase == 0:
+                await anyio.sleep(0.01)
+        await w.sheep[2].objects.write(asked, 0, b"y" * 512)
+        assert w.has(2, asked) and not w.has(2, oid)
+
+        await w.change(0, 1, 2)
+        await w.recovered()
+
+        assert w.has(0, oid) and not w.has(2, oid)
+
+
+async def test_second_change_during_recovery(make_store):
+    """A change during recovery starts over for the newest epoch and keeps what has arrived."""
+    async with world(4, make_store) as w:
+        contents = {data_oid(VID, index): random_bytes(index, OBJECT) for index in range(8)}
+        for oid, content in contents.items():
+            await w.sheep[0].objects.create(oid, 0, content)
+        await w.change(1, 2, 3)
+        await anyio.sleep(0)
+        await w.change(0, 1, 2, 3)
+        await anyio.sleep(0.01)
+        await w.change(0, 1, 3)
+        await w.recovered()
+
+        for oid, content in contents.items():
+            have = [number for number in w.members if w.has(number, oid)]
+            assert len(have) == 2
+            assert {w.content(number, oid) for number in have} == {content}
+
+
+async def test_lost_disk_is_no_proof(make_store):
+    """A copy that is missing because its disk went does not prove that an older version elsewhere is the newest."""
+    async with world(3, make_store) as w:
+        oid = w.object_on(0, 1)
+        old = random_bytes(1, OBJECT)
+        await w.change(0, 1, 2)
+        await w.sheep[0].objects.create(oid, 0, random_bytes(2, OBJECT))
+        await left_behind(w, 2, oid, old)
+        w.sheep[0].store.remove(ShardKey(oid))
+        w.sheep[0].recovery._progress.lossy = 2
+
+        await w.change(0, 2)
+        await w.recovered()
+
+        assert w.holders(oid) == [1]

@@ -1,0 +1,316 @@
+"""Erasure-coded objects: partial stripes, computed reads beside writes, and changes that die half-way."""
+
+from __future__ import annotations
+
+import random
+
+import anyio
+import pytest
+
+from sheepdog.contracts.store import ShardKey, StoreOptions
+from sheepdog.daemon.striped_undo import StripUndo
+from sheepdog.errors import RequestError, SheepdogError
+from sheepdog.model.ids import data_oid
+from sheepdog.testing.memory_store import MemoryMedium, MemoryStore
+from sheepdog.wire.opcodes import Op
+from sheepdog_redundancy_ec import sheepdog_redundancy
+
+from .data_plane import random_bytes
+from .recovery_world import VID, world
+
+pytestmark = pytest.mark.anyio
+FOUR_TWO = 0x22
+TWO_ONE = 0x11
+PART = 64 * 1024  # what the tests look at of an object
+
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+
+
+def make_store(number):
+    return MemoryStore(StoreOptions((f"/d{number}",)), MemoryMedium())
+
+
+def striped_world(count, policy=FOUR_TWO):
+    copies = (policy >> 4) * 2 + (policy & 15)
+    return world(count, make_store, copies=copies, factories=(sheepdog_redundancy(),), policy=policy)
+
+
+def holders(made, oid, copies=6):
+    """Numbers of the sheep that hold the strips, in order of the strips."""
+    by_id = {plane.node.id: number for number, plane in enumerate(made.sheep)}
+    return [by_id[node.id] for node in made.rings[made.epoch].holders(oid, copies)]
+
+
+def lose_changes(plane, targets, *, opcode=Op.WRITE_PEER):
+    """From now on what ``plane`` sends to these nodes to change strips never arrives, and is never answered."""
+    for node in targets:
+        link = plane.peers.link(node)
+        real = link.object_request
+
+        def request(op, *arguments, _real=real, **fields):
+            if op != opcode:
+                _real(op, *arguments, **fields)
+
+        # A method of a slotted class: the link is replaced by one that filters.
+        plane.peers._links[node] = _Filter(link, request)
+        for placement, _ in plane.placer._cache.values():
+            placement.links = tuple(plane.peers.link(other) for other in placement.others)
+
+
+class _Filter:
+    def __init__(self, link, request):
+        self._link = link
+        self.object_request = request
+
+    def __getattr__(self, name):
+        return getattr(self._link, name)
+
+
+async def readable(plane, oid, offset, length):
+    """The bytes, as soon as they can be had."""
+    with anyio.fail_after(20):
+        while True:
+            try:
+                return bytes(await plane.objects.read(oid, offset, length))
+            except SheepdogError:
+                await anyio.sleep(0.02)
+
+
+@pytest.mark.parametrize("policy", [TWO_ONE, FOUR_TWO])
+async def test_partial_writes(policy):
+    """EC-6: writes inside a strip, across strips and across stripes read back right, also with strips missing."""
+    copies = (policy >> 4) * 2 + (policy & 15)
+    async with striped_world(copies, policy) as made:
+        oid = made.object_on(0, copies=copies)
+        content = bytearray(random_bytes(1, PART))
+        await made.sheep[0].objects.create(oid, 0, bytes(content))
+        dice = random.Random(7)
+        for number in range(60):
+            length = dice.choice((1, 5, 100, 512, 513, 4096, 5000))
+            offset = dice.randrange(PART - length)
+            data = dice.randbytes(length)
+            await made.sheep[number % copies].objects.write(oid, offset, data)
+            content[offset : offset + length] = data
+            if number == 30:  # from here on degraded: the last data strip is gone
+                index = (policy >> 4) * 2 - 1
+                made.sheep[holders(made, oid, copies)[index]].store.remove(ShardKey(oid, index))
+
+        for plane in made.sheep:
+            assert bytes(await plane.objects.read(oid, 0, PART)) == content
+
+
+async def test_computed_reads_beside_writes():
+    """Reads that need parity, made through every gateway while the stripe is being written, never return garbage.
+
+    Every write fills the whole range with one byte, so a read must be of one byte per sector, whichever.
+    """
+    async with striped_world(6) as made:
+        oid = made.object_on(0, copies=6)
+        await made.sheep[0].objects.create(oid, 0, b"\x01" * 8192)
+        made.sheep[holders(made, oid)[2]].store.remove(ShardKey(oid, 2))
+        stop = False
+        seen = set()
+
+        async def write():
+            number = 1
+            while not stop:
+                number = number % 200 + 1
+                await made.sheep[number % 6].objects.write(oid, 0, bytes([number]) * 8192)
+
+        async def look(plane):
+            for _ in range(60):
+                content = bytes(await plane.objects.read(oid, 256, 128))  # exactly the strip that is missing
+                assert len(set(content)) == 1, content[:16]
+                seen.add(content[0])
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(write)
+            async with anyio.create_task_group() as readers:
+                for plane in made.sheep:
+                    readers.start_soon(look, plane)
+            stop = True
+        assert len(seen) > 1
+
+
+async def interrupted(made, oid, reached, survivors):
+    """A write of bytes 300 to 1500 reaches only the strips of ``reached``; then the primary is gone.
+
+    :returns: the content before, and as it would be after the write.
+    """
+    order = holders(made, oid)
+    primary = made.sheep[order[0]]
+    before = random_bytes(5, PART)
+    await primary.objects.create(oid, 0, before)
+    await primary.objects.write(oid, 0, before[:4096])  # every holder has a record of a complete change
+    data = random_bytes(6, 1200)
+    lose_changes(primary, [made.sheep[order[index]].node.id for index in range(1, 6) if index not in reached])
+    primary.gateway.submit_write(oid, 300, data, lambda *_: None)
+    old = {index: made.content(order[index], oid, index) for index in reached}
+    with anyio.fail_after(10):
+        while any(made.content(order[index], oid, index) == old[index] for index in reached):
+            await anyio.sleep(0.005)
+    await made.change(*survivors(order))
+    return before, before[:300] + data + before[1500:]
+
+
+CASES = [
+    (reached, spare) for reached in ((1,), (4,), (1, 2), (4, 5), (1, 2, 3), (2, 4, 5), (1, 2, 3, 4)) for spare in (0, 1)
+]
+
+
+@pytest.mark.parametrize(("reached", "spare"), CASES)
+async def test_write_that_dies_half_way(reached, spare):
+    """The primary dies when only some holders have a change: the object is the old or the new one, nothing between."""
+    async with striped_world(6 + spare) as made:
+        oid = made.object_on(0, copies=6)
+        before, after = await interrupted(
+            made, oid, reached, lambda order: [n for n in range(6 + spare) if n != order[0]]
+        )
+
+        contents = {await readable(made.sheep[n], oid, 0, PART) for n in made.members}
+        await made.recovered()
+        contents |= {await readable(made.sheep[n], oid, 0, PART) for n in made.members}
+
+        assert contents in ({before}, {after})
+        order = holders(made, oid)
+        made.sheep[order[0]].store.remove(ShardKey(oid, 0))
+        assert await readable(made.sheep[order[1]], oid, 0, PART) in contents
+
+
+async def test_write_that_reached_all_stays():
+    """The primary dies when every other holder has the change, which may have been acknowledged: it stays."""
+    async with striped_world(6) as made:
+        oid = made.object_on(0, copies=6)
+        _, after = await interrupted(made, oid, (1, 2, 3, 4, 5), lambda order: order[1:])
+
+        assert await readable(made.sheep[made.members[0]], oid, 0, PART) == after
+
+
+async def test_acknowledged_writes_stay():
+    """Nothing that was acknowledged is taken back, whoever dies after it."""
+    async with striped_world(7) as made:
+        contents = {}
+        for index in range(12):
+            oid = data_oid(VID, index)
+            contents[oid] = bytearray(random_bytes(index, 8192))
+            await made.sheep[index % 7].objects.create(oid, 0, bytes(contents[oid]))
+            for number in range(5):
+                data = random_bytes(100 * index + number, 700)
+                await made.sheep[number % 7].objects.write(oid, number * 900, data)
+                contents[oid][number * 900 : number * 900 + 700] = data
+        for gone in (0, 3):
+            await made.change(*(number for number in made.members if number != gone))
+            await made.recovered()
+
+            for oid, content in contents.items():
+                for number in made.members:
+                    assert await readable(made.sheep[number], oid, 0, 8192) == content
+
+
+async def test_without_records_there_is_the_hole(monkeypatch):
+    """What the records are for: without them a change that died half-way spoils bytes that nobody wrote."""
+
+    def resolve(self, oid, done):
+        done(0)
+
+    monkeypatch.setattr(StripUndo, "resolve", resolve)
+    async with striped_world(6) as made:
+        oid = made.object_on(0, copies=6)
+        before, after = await interrupted(made, oid, (1, 2), lambda order: order[1:])
+
+        content = await readable(made.sheep[made.members[0]], oid, 0, PART)
+        assert content not in (before, after)
+        assert content[:300] != before[:300] or content[1500:2048] != before[1500:2048]
+
+
+async def test_fewer_zones():
+    """Fewer zones than strips, but enough to read: every strip that has a zone is written. Below: an error."""
+    async with striped_world(5) as made:
+        oid = made.object_on(0, copies=6)
+        content = random_bytes(3, 20_000)
+        await made.sheep[1].objects.create(oid, 0, content)
+        order = holders(made, oid)
+        assert [made.has(number, oid, index) for index, number in enumerate(order)] == [True] * 5
+        made.sheep[order[1]].store.remove(ShardKey(oid, 1))
+        assert bytes(await made.sheep[2].objects.read(oid, 0, 20_000)) == content
+
+    async with striped_world(3) as made:
+        oid = made.object_on(0, copies=6)
+        with pytest.raises(RequestError):
+            await made.sheep[0].objects.create(oid, 0, b"x" * 600)
+
+
+async def test_random_deaths():
+    """Many writes, a primary that dies in the middle: every sector is of one write, acknowledged ones stand."""
+    async with striped_world(7) as made:
+        oid = made.object_on(0, copies=6)
+        order = holders(made, oid)
+        sectors = 64
+        await made.sheep[order[1]].objects.create(oid, 0, bytes(sectors * 512))
+        acknowledged = {}
+        submitted = {sector: {0} for sector in range(sectors)}
+        dice = random.Random(11)
+        primary = made.sheep[order[0]]
+        lost = [made.sheep[order[index]].node.id for index in (2, 4, 5)]
+
+        async def write(number):
+            sector = number % sectors
+            value = number % 250 + 1
+            submitted[sector].add(value)
+            # Through the primary itself: with it the request is gone, so nobody repeats it.
+            primary.gateway.submit_write(
+                oid,
+                sector * 512,
+                bytes([value]) * 512,
+                lambda result, _: acknowledged.update({sector: value} if not result else {}),
+            )
+
+        for number in range(sectors):
+            await write(number)
+        with anyio.fail_after(20):
+            while len(acknowledged) < sectors:
+                await anyio.sleep(0.01)
+        lose_changes(primary, lost)
+        late = dice.randrange(sectors)
+        await write(late + 3 * sectors)
+        await anyio.sleep(0.1)
+        await made.change(*(number for number in range(7) if number != order[0]))
+
+        content = await readable(made.sheep[order[1]], oid, 0, sectors * 512)
+        for sector in range(sectors):
+            values = set(content[sector * 512 : sector * 512 + 512])
+            assert len(values) == 1, sector
+            if sector != late:
+                assert values == {acknowledged[sector]}
+            else:
+                assert values <= submitted[sector] - {0}
+
+
+async def test_restarted_holder_is_no_witness():
+    """A holder whose process began after a change knows nothing of it: that it has no record undoes nothing."""
+    async with striped_world(6) as made:
+        oid = made.object_on(0, copies=6)
+        order = holders(made, oid)
+        content = random_bytes(8, 8192)
+        await made.sheep[order[0]].objects.create(oid, 0, bytes(8192))
+        await made.sheep[order[0]].objects.write(oid, 0, content)
+        # The primary is killed and is back before anybody has settled anything.
+        undo = made.sheep[order[0]].gateway.striped.undo
+        undo._records.clear()
+        undo._marks.clear()
+        undo._base ^= 1 << 40
+        undo._since = made.epoch + 2
+        for plane in made.sheep:
+            plane.unsettled.oids[oid] = None
+        results = []
+        made.sheep[order[0]].primary.settle(oid, results.append)
+        with anyio.fail_after(10):
+            while not results:
+                await anyio.sleep(0.01)
+
+        assert results == [0]
+        for plane in made.sheep:
+            assert bytes(await plane.objects.read(oid, 0, 8192)) == content

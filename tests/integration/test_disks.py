@@ -1,0 +1,179 @@
+"""Disks of one node come, go and fail (behaviours MD-1 to MD-15)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from recovery_scenes import MiB, exited, fill, same_everywhere, shards
+from scenes import pattern, write
+
+from sheepdog.model.ids import is_data
+from sheepdog.testing.cluster import SheepCluster, wait_until
+
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
+
+Start = Callable[..., SheepCluster]
+
+
+@pytest.fixture(scope="module")
+def cluster(start_cluster: Start) -> SheepCluster:
+    """Three sheep, 2 copies."""
+    cluster = start_cluster(3)
+    cluster.dog("cluster", "format", "-c", "2")
+    return cluster
+
+
+def disk(cluster: SheepCluster, name: str) -> str:
+    """A directory with something in it that plugging must erase."""
+    path = cluster.base / name
+    path.mkdir()
+    (path / "leftover").write_bytes(b"x")
+    return str(path)
+
+
+def paths(cluster: SheepCluster, index: int) -> list[str]:
+    """The disks of one sheep as ``dog node md info`` lists them."""
+    text = cluster.dog("node", "md", "info", node=index).stdout.decode()
+    return [line.split("\t")[-1] for line in text.splitlines()[1:]]
+
+
+def complete(cluster: SheepCluster, name: str, content: bytes) -> None:
+    """All copies are there and equal."""
+    cluster.wait_recovered()
+    same_everywhere(cluster, {name: content})
+    wait_until(
+        lambda: cluster.dog("vdi", "check", name).stdout == f"finish check&repair {name}\n".encode(), "a clean check"
+    )
+
+
+def test_plug_and_unplug(cluster: SheepCluster) -> None:
+    """Plugged directories are emptied and take their share, unplugged ones give it back; neither makes an epoch; wrong
+    paths change nothing; slashes at the end do not matter (MD-1, MD-2, MD-9, MD-10, MD-11)."""
+    content = fill(cluster, "md9", 9, size=40 * MiB)
+    epoch = cluster.epoch(0)
+    one, two = disk(cluster, "disk0a"), disk(cluster, "disk0b")
+    own = str(cluster.sheep[0].directory / "obj")
+    cluster.dog("node", "md", "plug", f"{one}/,{two}//", input=b"yes\n", node=0)
+    assert paths(cluster, 0) == sorted([own, one, two])
+    assert not Path(one, "leftover").exists()
+    cluster.wait_recovered()
+    complete(cluster, "md9", content)
+    assert [path for path in shards(cluster, 0).values() if path.startswith((one, two))]
+    whole = [path for (oid, _), path in shards(cluster, 0).items() if is_data(oid)]
+    assert all(os.stat(path).st_blocks * 512 >= 4 * MiB for path in whole)
+
+    assert cluster.dog("node", "md", "plug", one, input=b"yes\n", node=0, check=False).returncode != 0
+    assert (
+        cluster.dog(
+            "node", "md", "unplug", str(cluster.base / "nowhere"), input=b"yes\n", node=0, check=False
+        ).returncode
+        != 0
+    )
+    cluster.dog("node", "md", "unplug", f"{one}/", input=b"yes\n", node=0)
+    assert paths(cluster, 0) == sorted([own, two])
+    complete(cluster, "md9", content)
+    cluster.dog("node", "md", "unplug", two, input=b"yes\n", node=0)
+    complete(cluster, "md9", content)
+    assert cluster.epoch(0) == epoch
+
+
+def test_failing_disks(cluster: SheepCluster) -> None:
+    """Disks that vanish, also two at once, are taken out at the next I/O; the node stays and its copies are rebuilt
+    (MD-3, MD-5, MD-7)."""
+    content = bytearray(fill(cluster, "md3", 3, size=24 * MiB))
+    extra = [disk(cluster, f"disk1{letter}") for letter in "abc"]
+    cluster.dog("node", "md", "plug", ",".join(extra), input=b"yes\n", node=1)
+    complete(cluster, "md3", bytes(content))
+    epoch = cluster.epoch(0)
+    shutil.rmtree(extra[0])
+    content[0 : 24 * MiB] = pattern(33, 24 * MiB)
+    write(cluster, "md3", 0, bytes(content))
+    complete(cluster, "md3", bytes(content))
+    assert extra[0] not in paths(cluster, 1)
+
+    for path in extra[1:]:
+        shutil.rmtree(path)
+    content[0 : 24 * MiB] = pattern(34, 24 * MiB)
+    write(cluster, "md3", 0, bytes(content), node=1)
+    complete(cluster, "md3", bytes(content))
+    assert paths(cluster, 1) == [str(cluster.sheep[1].directory / "obj")]
+    assert cluster.epoch(0) == epoch
+
+
+def test_fewer_disks_after_a_restart(cluster: SheepCluster) -> None:
+    """A sheep that starts without a disk that it had gets the missing copies from the others (MD-12)."""
+    content = fill(cluster, "md12", 12, size=24 * MiB)
+    cluster.dog("node", "md", "plug", disk(cluster, "disk2a"), input=b"yes\n", node=2)
+    complete(cluster, "md12", content)
+    cluster.kill(2)
+    cluster.wait_recovered()
+    shutil.rmtree(cluster.base / "disk2a")
+    cluster.restart(2)
+
+    complete(cluster, "md12", content)
+
+
+def test_last_disk(cluster: SheepCluster) -> None:
+    """When its last disk fails the node leaves in order, and no client of another node notices (MD-4, MD-6, MD-15)."""
+    content = bytearray(fill(cluster, "md4", 4, size=24 * MiB))
+    epoch = cluster.epoch(0)
+    shutil.rmtree(cluster.sheep[2].directory / "obj")
+    content[: 24 * MiB] = pattern(44, 24 * MiB)
+    write(cluster, "md4", 0, bytes(content), node=0)
+
+    assert exited(cluster, 2) == 0
+    assert "no disks available, going down" in cluster.sheep[2].log_tail()
+    cluster.wait_recovered()
+    assert cluster.epoch(0) == epoch + 1
+    complete(cluster, "md4", bytes(content))
+    cluster.dog("vdi", "create", "later", "4M")
+    cluster.restart(2)
+    complete(cluster, "md4", bytes(content))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with 64 MiB of space."""
+    place = tmp_path / "small"
+    place.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)], capture_output=True, check=False
+    )
+    if done.returncode:
+        pytest.skip("file systems cannot be mounted here")
+    try:
+        os.setxattr(place, "user.probe", b"")
+    except OSError:
+        subprocess.run(["umount", "-l", str(place)], check=False)
+        pytest.skip("tmpfs has no user attributes here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=False)
+
+
+def test_full_disk(fresh_cluster: Start, small_disk: Path) -> None:
+    """A full disk refuses new objects with a clear message; the node stays, data stays readable, and after space is
+    freed writes succeed (MD-13)."""
+    cluster = fresh_cluster(2, base=small_disk / "base")
+    cluster.dog("cluster", "format", "-c", "2")
+    contents = {"a": fill(cluster, "a", 13, size=12 * MiB)}
+    cluster.dog("vdi", "create", "b", "64M")
+    failed = cluster.dog("vdi", "write", "b", "0", str(64 * MiB), input=pattern(1, 64 * MiB), check=False)
+    assert failed.returncode != 0
+    assert b"Server has no space for new objects" in failed.stdout + failed.stderr
+    assert len(cluster.live) == 2 and len(cluster.members(0)) == 2
+    same_everywhere(cluster, contents)
+
+    cluster.dog("vdi", "delete", "b")
+
+    def creatable() -> bool:
+        return cluster.dog("vdi", "create", "c", "4M", check=False).returncode == 0
+
+    wait_until(creatable, "space to be free")
+    fresh = pattern(3, 4 * MiB)
+    write(cluster, "c", 0, fresh)
+    same_everywhere(cluster, {**contents, "c": fresh})

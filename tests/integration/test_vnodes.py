@@ -1,0 +1,95 @@
+"""Weights of nodes (behaviours VN-1 to VN-9): automatic and fixed numbers of vnodes, and changes of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from recovery_scenes import MiB, exited, fill, in_place, nodes, same_everywhere, shards, wait_status
+
+from sheepdog.testing.cluster import SheepCluster, wait_until
+
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
+
+Start = Callable[..., SheepCluster]
+
+
+def vnodes(cluster: SheepCluster, index: int) -> list[int]:
+    """The numbers of vnodes, in the order of the sheep."""
+    by_port = {node.id.port: node.vnodes for node in nodes(cluster, index)}
+    return [by_port[sheep.port] for sheep in cluster.live]
+
+
+def test_fixed(fresh_cluster: Start) -> None:
+    """Fixed numbers stay as given, change on line with an epoch each, and objects follow gently; an automatic node and
+    an automatic format are refused (VN-4 to VN-9)."""
+    cluster = fresh_cluster(3, options=("-V", "60"))
+    refused = cluster.dog("cluster", "format", "-c", "2", check=False)
+    assert refused.returncode != 0
+    cluster.dog("cluster", "format", "-V", "-c", "2")
+    contents = {"a": fill(cluster, "a", 1, size=24 * MiB)}
+    assert vnodes(cluster, 1) == [60, 60, 60]
+    epoch = cluster.epoch(0)
+    for bad in ("0", "65536", "4294967297", "-1", "x", "7x", "+", "-"):
+        assert cluster.dog("node", "vnodes", "set", bad, check=False).returncode == 64
+    for step, number in enumerate((200, 10), start=1):
+        cluster.dog("node", "vnodes", "set", str(number), node=2)
+        in_place(cluster, 2)
+        assert cluster.epoch(0) == epoch + step
+        assert vnodes(cluster, 0) == [60, 60, number]
+        same_everywhere(cluster, contents, through=(step,))
+
+    cluster.kill(2)
+    cluster.wait_recovered()
+    cluster.options = ()
+    cluster.restart(2, wait=False)
+    assert exited(cluster, 2) != 0
+    cluster.wait_members()
+    before = sorted(path.name for path in (cluster.sheep[2].directory / "obj").iterdir())
+    cluster.options = ("-V", "61")
+    cluster.restart(2, wait=False)
+    assert exited(cluster, 2) != 0
+    assert sorted(path.name for path in (cluster.sheep[2].directory / "obj").iterdir()) == before
+    cluster.options = ("-V", "10")
+    cluster.restart(2)
+    in_place(cluster, 2)
+    same_everywhere(cluster, contents)
+
+
+def test_auto(fresh_cluster: Start) -> None:
+    """Automatic numbers are there before format and equal in every listing; a reweight with nothing new changes no data;
+    fixed numbers are refused (VN-1, VN-2, VN-3, VN-6, VN-8)."""
+    cluster = fresh_cluster(3)
+    assert vnodes(cluster, 0) == vnodes(cluster, 2)
+    assert abs(sum(vnodes(cluster, 0)) - 3 * 128) <= 2
+    assert cluster.dog("cluster", "format", "-V", "-c", "2", check=False).returncode != 0
+    cluster.dog("cluster", "format", "-c", "2")
+    contents = {"a": fill(cluster, "a", 2, size=16 * MiB)}
+    assert cluster.dog("node", "vnodes", "set", "5", check=False).returncode == 255
+    disk = cluster.base / "disk1a"
+    disk.mkdir()
+    before = vnodes(cluster, 0)
+    cluster.dog("node", "md", "plug", str(disk), input=b"yes\n", node=1)
+    cluster.wait_recovered()
+    assert vnodes(cluster, 0) == before
+
+    cluster.dog("cluster", "reweight")
+    wait_until(lambda: vnodes(cluster, 0)[1] > before[1], "the new weight to be announced")
+    cluster.wait_recovered()
+    assert vnodes(cluster, 2)[0] < before[0]
+    in_place(cluster, 2)
+    same_everywhere(cluster, contents)
+    cluster.dog("cluster", "reweight")
+    in_place(cluster, 2)
+    same_everywhere(cluster, contents, through=(2,))
+
+    cluster.kill(2)
+    cluster.wait_recovered()
+    cluster.options = ("-V", "100")
+    cluster.restart(2, wait=False)
+    assert exited(cluster, 2) != 0
+    cluster.options = ()
+    cluster.restart(2)
+    wait_status(cluster, 0, "running")
+    in_place(cluster, 2)
+    assert shards(cluster, 2)
