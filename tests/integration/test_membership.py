@@ -75,7 +75,7 @@ def test_deaths_in_every_order(fresh_cluster: Start) -> None:
 
 
 def test_rolling_replacement(fresh_cluster: Start) -> None:
-    """Five times the oldest goes and a fresh one comes; at the end all seven start, and all know every epoch (MEM-4, MEM-5)."""
+    """Five times the oldest goes and a fresh one comes; then all seven start and know every epoch (MEM-4, MEM-5)."""
     cluster = fresh_cluster(7)
     for index in range(2, 7):
         cluster.stop(index)

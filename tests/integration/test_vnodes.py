@@ -57,7 +57,7 @@ def test_fixed(fresh_cluster: Start) -> None:
 
 
 def test_auto(fresh_cluster: Start) -> None:
-    """Automatic numbers are there before format and equal in every listing; a reweight with nothing new changes no data;
+    """Automatic numbers are there before format and equal in every listing; a reweight with nothing new is harmless;
     fixed numbers are refused (VN-1, VN-2, VN-3, VN-6, VN-8)."""
     cluster = fresh_cluster(3)
     assert vnodes(cluster, 0) == vnodes(cluster, 2)

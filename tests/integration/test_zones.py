@@ -58,7 +58,7 @@ def test_only_gateways(fresh_cluster: Start) -> None:
 
 
 def test_one_copy_per_zone(fresh_cluster: Start) -> None:
-    """No two copies are in one zone, whatever the number of copies; a new zone takes its share (ZONE-1, ZONE-2, ZONE-3)."""
+    """No two copies are in one zone, whatever the number of copies; a new zone takes its share (ZONE-1 to ZONE-3)."""
     cluster = fresh_cluster(4, zones=(7, 7, 8, 9))
     cluster.stop(3)
     cluster.wait_members()

@@ -67,7 +67,7 @@ class World:
         return replace(self.sheep[number].node, vnodes=vnodes)
 
     async def change(self, *members, storing=None):
-        """A new epoch of these members; returning ones had set everything aside. Those not in ``storing`` are gateways."""
+        """A new epoch of these members; returning ones set everything aside. Those not ``storing`` are gateways."""
         for member in members:
             if member not in self.members:
                 await self.sheep[member].recovery.retire_all(self.last_epoch[member])

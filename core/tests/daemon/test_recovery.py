@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import anyio
 import pytest
-from sheepdog_store_plain import sheepdog_object_store
 
 from sheepdog.api import StoreOptions
 from sheepdog.contracts.store import ShardKey
 from sheepdog.daemon import recovery_fetch
 from sheepdog.errors import ObjectNotFound, SheepdogError
 from sheepdog.model.ids import attribute_oid, data_oid
+from sheepdog_store_plain import sheepdog_object_store
 
 from .data_plane import random_bytes
 from .recovery_world import OBJECT, VID, digest, world
@@ -70,7 +70,7 @@ async def test_leaving_and_joining_keep_the_copies(make_store):
 
 
 async def test_object_comes_back_with_its_holders(make_store):
-    """An object all of whose holders are gone is recovered when one of them returns, after later epochs have finished."""
+    """An object all of whose holders are gone is recovered when one of them returns, also after later epochs."""
     async with world(4, make_store) as w:
         oid = w.object_on(0, 1)
         content = random_bytes(1, OBJECT)

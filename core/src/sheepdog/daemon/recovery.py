@@ -25,6 +25,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import anyio
+from anyio.lowlevel import checkpoint
 
 from sheepdog.contracts.services import Clock, Executor
 from sheepdog.contracts.store import REPLICA, Buffer, ObjectStore, ShardKey
@@ -340,7 +341,7 @@ class Recovery:
         return results[0]
 
     def must_mend(self, oid: int) -> bool:
-        """Whether strips of the object may be missing or out of step, so that it must be mended before it is changed."""
+        """Whether strips of the object may be missing or out of step, so that it is to be mended before a change."""
         epoch = self._state.epoch
         if oid in self.unsettled.oids:
             return True
@@ -617,7 +618,7 @@ class Recovery:
         todo: list[ShardKey] = []
         for number, oid in enumerate(sorted(wanted)):
             if number % 512 == 511:
-                await anyio.sleep(0)  # others get their turn
+                await checkpoint()  # others get their turn
             placement = self._placer.placement(oid)
             key = ShardKey(oid, REPLICA if placement.identical else placement.index)
             if placement.local and key not in here and not self.wanted_objects.heirless(oid):
@@ -626,7 +627,7 @@ class Recovery:
             return True
         # Inodes first: without them nothing can be opened.
         todo.sort(key=lambda key: (is_data(key.oid), key))
-        # What came or went since the list was made is sorted out when its turn comes: it is there then, or found nowhere.
+        # What came or went since the list was made is sorted out when its turn comes.
         self._todo = {key: None for key in todo if not self.removed_here(key.oid)}
         self._missing = {}
         self._total = len(self._todo)

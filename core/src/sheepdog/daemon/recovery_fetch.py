@@ -115,7 +115,7 @@ class VersionReader:
         self._index = index
 
     def read(self, key: ShardKey, epoch: int, view: memoryview, offset: int) -> tuple[int, int]:
-        """(count of bytes read, epoch of the version): the live shard, else the newest version not older than ``epoch``.
+        """(bytes read, epoch of the version): the live shard, else the newest version not older than ``epoch``.
 
         With nothing to give, the count is -1 and the epoch that of the newest older version, 0 for none.
         """

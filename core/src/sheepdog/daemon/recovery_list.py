@@ -56,7 +56,7 @@ class Lister:
         return oids
 
     async def _list(self, node: NodeId) -> list[int] | None:
-        """What ``node`` holds. Asked until it answers or the epoch is over: without it something could be overlooked."""
+        """What ``node`` holds. Asked until it answers or the epoch is over: else something is overlooked."""
         epoch = self._state.epoch
         room = LIST_BYTES_FIRST
         asked = 0
