@@ -18,6 +18,7 @@ from sheepdog_cli.output import Progress
 WAIT_FOR_FORMAT = 0x16
 WAITING = "Waiting for cluster to be formatted"
 
+
 @pytest.fixture
 def cluster() -> Cluster:
     return Cluster()

@@ -15,7 +15,13 @@ def test_dump_inode(tmp_path) -> None:
     """An inode file in words, allocated entries with their references."""
     content = bytearray(INODE_BYTES)
     content[:4664] = InodeHeader(
-        name=b"a", tag=b"t", create_time=0x10, vdi_size=8 * MiB, nr_copies=3, block_size_shift=22, snap_id=1,
+        name=b"a",
+        tag=b"t",
+        create_time=0x10,
+        vdi_size=8 * MiB,
+        nr_copies=3,
+        block_size_shift=22,
+        snap_id=1,
         vdi_id=0xAB,
     ).pack()
     content[4664 + 4 : 4668 + 4] = (0xAB).to_bytes(4, "little")

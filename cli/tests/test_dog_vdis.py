@@ -276,8 +276,7 @@ def test_alter_copy_steps(cluster: Cluster) -> None:
     assert missing.stdout == b"The vdi's redundancy level is not specified, use 3 as default.\n"
     assert missing.stderr.endswith("No VDI found\nReading nosuch's vdi object failure.\n")
     assert clones.stderr == (
-        "Only standalone vdi supports changing redundancy level.\n"
-        "Please clone a with -n (--no-share) option first.\n"
+        "Only standalone vdi supports changing redundancy level.\nPlease clone a with -n (--no-share) option first.\n"
     )
     assert not {0x03, 0xC0} & {opcode for opcode, _, _ in cluster.seen}
 

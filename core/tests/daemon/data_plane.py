@@ -51,9 +51,7 @@ class Plane:
         self.store = store
         shards = Shards(store, executor, self.outbox, durable=durable, device_failed=lambda error: False)
         self.shards = shards
-        self.recovery = Recovery(
-            self.state, shards, self.placer, self.peers, executor, clock, self.outbox, spawn
-        )
+        self.recovery = Recovery(self.state, shards, self.placer, self.peers, executor, clock, self.outbox, spawn)
         self.primary = Primary(self.state, shards, self.peers, self.placer, self.unsettled, self.recovery)
         self.gateway = Gateway(self.state, self.placer, self.primary, self.peers, shards, self.outbox, clock)
         striped = Striped(self.state, self.primary, self.peers, shards)
@@ -102,9 +100,7 @@ async def planes(count, make_store, make_transport, *, copies=None, durable=Fals
         spawn = Spawner()
         tasks.start_soon(spawn.run)
         for zone in range(count):
-            plane = Plane(
-                make_transport(), make_store(zone), executor, spawn, durable=durable, factories=factories
-            )
+            plane = Plane(make_transport(), make_store(zone), executor, spawn, durable=durable, factories=factories)
             await plane.listen(zone)
             made.append(plane)
             tasks.start_soon(plane.tick)

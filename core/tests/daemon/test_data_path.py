@@ -63,9 +63,7 @@ async def test_concurrent_writers_leave_equal_copies(make_store):
         async with anyio.create_task_group() as tasks:
             for number in range(120):
                 size = 150_000 if number % 10 == 0 else 6_000
-                tasks.start_soon(
-                    sheep[number % 3].objects.write, oid, (number % 7) * 1000, random_bytes(number, size)
-                )
+                tasks.start_soon(sheep[number % 3].objects.write, oid, (number % 7) * 1000, random_bytes(number, size))
 
         assert len({whole(plane, oid) for plane in sheep}) == 1
 
@@ -79,7 +77,9 @@ async def test_durable_writes_share_flushes(make_store):
             for number in range(64):
                 tasks.start_soon(sheep[1].objects.write, oid, number * 4096, random_bytes(number, 4096))
 
-        assert all(whole(plane, oid)[: 64 * 4096] == b"".join(random_bytes(n, 4096) for n in range(64)) for plane in sheep)
+        assert all(
+            whole(plane, oid)[: 64 * 4096] == b"".join(random_bytes(n, 4096) for n in range(64)) for plane in sheep
+        )
 
 
 async def test_copy_on_write(make_store):

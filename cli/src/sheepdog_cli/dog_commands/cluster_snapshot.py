@@ -358,5 +358,3 @@ def _resume(session: Session, headers: list[InodeHeader]) -> None:
             store_policy=header.store_policy,
             shift=header.block_size_shift,
         )
-
-

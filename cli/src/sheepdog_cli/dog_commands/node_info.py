@@ -44,9 +44,7 @@ def run(session: Session) -> None:
         fail("Cannot get information from any nodes", EXIT_SYSTEM)
     virtual = sum(walked.header.vdi_size for walked in walk(session) if not walked.header.is_snapshot)
     if as_json:
-        print_json(
-            {"nodes": documents, "total": {"size": total_size, "free": total_free}, "virtual_size": virtual}
-        )
+        print_json({"nodes": documents, "total": {"size": total_size, "free": total_free}, "virtual_size": virtual})
     elif raw:
         out(f"Total{_columns(total_size, total_free, True)} {virtual}\n")
     else:

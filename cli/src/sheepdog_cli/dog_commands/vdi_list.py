@@ -13,9 +13,7 @@ from sheepdog_cli.session import EXIT_FAILURE, Quit, Session, name_bytes, name_t
 from sheepdog_cli.sizes import format_size
 from sheepdog_cli.values import format_redundancy
 
-HEADING = (
-    "  Name        Id    Size    Used  Shared    Creation time   VDI id  Copies  Tag   Block Size Shift\n"
-)
+HEADING = "  Name        Id    Size    Used  Shared    Creation time   VDI id  Copies  Tag   Block Size Shift\n"
 
 
 def run(session: Session) -> None:

@@ -11,9 +11,7 @@ from sheepdog_cli.dog_commands.vdi_delete import RESULT_NO_VDI, NotOpened, delet
 from sheepdog_cli.output import confirm
 from sheepdog_cli.session import RESULT_EIO, Quit, Session, describe, fail, misuse, name_bytes
 
-QUESTION = (
-    "This operation discards any changes made since the previous\nsnapshot was taken.  Continue? [yes/no]: "
-)
+QUESTION = "This operation discards any changes made since the previous\nsnapshot was taken.  Continue? [yes/no]: "
 
 
 def run(session: Session) -> None:

@@ -35,6 +35,7 @@ KiB = 1024
 HIGH_WATER_BYTES = 1024 * KiB  # queued beyond this, a channel is congested
 LOW_WATER_BYTES = 256 * KiB  # drained below this, it is writable again
 UNIX_PATH_BYTES_MAX = 107
+KEEPALIVE = {socket.TCP_KEEPIDLE: 15, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
 FD_DIRECTORY = "/proc/self/fd/"
 FLUSH_BYTES = 256 * KiB  # a channel that has corked this much is flushed before the end of the receive
 JOIN_BYTES = 64 * KiB  # up to this much is joined: a copy is cheaper than a long list of buffers
@@ -227,6 +228,10 @@ class _Protocol(asyncio.BufferedProtocol):
         remote = _sockaddr_text(transport.get_extra_info("peername"), local)
         if sock is not None and sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # A host that lost its power sends no farewell: its connections end after half a minute of silence.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, seconds in KEEPALIVE.items():
+                sock.setsockopt(socket.IPPROTO_TCP, option, seconds)
         channel = self.channel = TcpChannel(transport, self._cork, local, remote)
         self._owner.opened(channel)
         try:

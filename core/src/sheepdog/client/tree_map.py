@@ -39,14 +39,10 @@ class TreeMap(BlockMap):
         inode = self._inode
         header = inode.header
         known = {oid for _, oid in self._root.items()} if self._root.depth == INNER_DEPTH else set()
-        change = run(
-            insert(self._root, index, vid, vid=header.vdi_id, counter=self._counter), self._read_leaf
-        )
+        change = run(insert(self._root, index, vid, vid=header.vdi_id, counter=self._counter), self._read_leaf)
         for oid, leaf in change.leaves.items():
             content = leaf.pack()
-            write_object(
-                inode.call, oid, content, copies=header.nr_copies, create=oid not in known, flags=flags
-            )
+            write_object(inode.call, oid, content, copies=header.nr_copies, create=oid not in known, flags=flags)
             self._leaf = (oid, content)
         if change.root != self._root:
             inode.write(bytes(inode.buffer[:HEADER_BYTES]) + change.root.pack(), flags=flags)

@@ -170,9 +170,7 @@ def read_object(call: Call, oid: int, length: int, *, offset: int = 0, direct: b
     """
     response = call(OP_READ_OBJ, flags=FLAG_DIRECT if direct else 0, oid=oid, offset=offset, data_length=length)
     if response.result != RESULT_SUCCESS:
-        raise ObjectReadError(
-            f"Failed to read object {format_oid(oid)} {refused(response)}", result=response.result
-        )
+        raise ObjectReadError(f"Failed to read object {format_oid(oid)} {refused(response)}", result=response.result)
     if len(response.body) < length:
         response.body.extend(bytes(length - len(response.body)))
     return response.body
@@ -207,9 +205,7 @@ def write_object(
         body=data,
     )
     if response.result != RESULT_SUCCESS:
-        raise ObjectWriteError(
-            f"Failed to write object {format_oid(oid)}: {refused(response)}", result=response.result
-        )
+        raise ObjectWriteError(f"Failed to write object {format_oid(oid)}: {refused(response)}", result=response.result)
 
 
 class Inode:

@@ -59,9 +59,7 @@ class Attributes:
                 raise VdiExists("the attribute exists")
             taken = slot.found if slot.found is not None else slot.free
             assert taken is not None, "a search without an end"
-            named = Attribute(
-                wanted.name, wanted.tag, header.create_time, wanted.snap_id, wanted.key, wanted.value
-            )
+            named = Attribute(wanted.name, wanted.tag, header.create_time, wanted.snap_id, wanted.key, wanted.value)
             # The whole object is replaced at once, so a reader never sees one value's length with another's bytes.
             await self._objects.create(wanted.oid_at(taken), 0, named.pack_header() + named.value)
             return self._reply(wanted, taken)

@@ -1,8 +1,8 @@
 """Shared locks: keeps the inodes that several gateways' clients hold in memory coherent (data model, section 10).
 
 Only volumes under a shared lock are concerned. A sheep whose clients change the map first invalidates the other
-participants; an invalidated participant's clients (those that set the TGT flag) are refused until they have read the short
-inode again, which validates it. For everybody else each question here is one test of a number.
+participants; an invalidated participant's clients (those that set the TGT flag) are refused until they have read the
+short inode again, which validates it. For everybody else each question here is one test of a number.
 """
 
 from __future__ import annotations

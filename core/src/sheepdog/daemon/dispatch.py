@@ -1,8 +1,8 @@
 """From a request to its handler: version, opcode and status gate, then one table lookup.
 
 Three kinds of handlers. A *path* handler is the data path: it gets the connection and answers by callback, making no
-task. A *fast* handler answers from memory at once. A *task* handler is ordinary async code of the control plane and runs
-in its own task; at most ``TASKS_MAX`` of them are alive, more wait.
+task. A *fast* handler answers from memory at once. A *task* handler is ordinary async code of the control plane and
+runs in its own task; at most ``TASKS_MAX`` of them are alive, more wait.
 """
 
 from __future__ import annotations
@@ -77,9 +77,7 @@ class Dispatcher:
 
         self.path(opcode, run, force=force)
 
-    def task(
-        self, opcode: int, handler: TaskHandler, *, force: bool | None = None, unlimited: bool = False
-    ) -> None:
+    def task(self, opcode: int, handler: TaskHandler, *, force: bool | None = None, unlimited: bool = False) -> None:
         """``await handler(request)`` answers ``opcode`` from a task of its own.
 
         :param unlimited: never waits for others to end: what other sheep ask while our tasks wait for them.

@@ -91,9 +91,7 @@ class Info:
     def cluster_default(self, request: Request) -> Response:
         """GET_CLUSTER_DEFAULT."""
         state = self._state
-        return Response(
-            variant=ClusterDefaultResponse(state.copies, state.copy_policy, state.block_size_shift).pack()
-        )
+        return Response(variant=ClusterDefaultResponse(state.copies, state.copy_policy, state.block_size_shift).pack())
 
     def node_list(self, request: Request) -> Response:
         """GET_NODE_LIST."""
@@ -208,9 +206,7 @@ class Info:
             return Response(variant=NodeResponse().pack())
         usage = await self._backend.executor.run(store.usage)
         return Response(
-            variant=NodeResponse(
-                store_size=usage.used_bytes + usage.free_bytes, store_free=usage.free_bytes
-            ).pack()
+            variant=NodeResponse(store_size=usage.used_bytes + usage.free_bytes, store_free=usage.free_bytes).pack()
         )
 
     def store_list(self, request: Request) -> Response:
@@ -360,5 +356,3 @@ def _sized(request: Request, body: bytes, variant: bytes = b"") -> Response:
     if len(body) > request.data_length:
         return Response(Result.BUFFER_SMALL)
     return Response(variant=variant, body=body)
-
-

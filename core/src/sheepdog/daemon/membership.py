@@ -248,8 +248,10 @@ class Membership(SessionKeeper):
     async def _member_left(self, member: Member) -> None:
         if self._ending:
             return
-        if self.state.status is ClusterStatus.OK and member.node.space and not any(
-            other.node.space for other in self.members()
+        if (
+            self.state.status is ClusterStatus.OK
+            and member.node.space
+            and not any(other.node.space for other in self.members())
         ):
             logger.info("only gateway nodes are remaining, exiting")
             self._lifecycle.stop(0, "only gateway nodes are remaining, exiting")

@@ -59,6 +59,4 @@ class ObjectAccess:
 
     async def remove(self, oid: int) -> None:
         """No holder has the object."""
-        await self._done(
-            oid, lambda done: self._gateway.submit_remove(oid, lambda result: done(result, None))
-        )
+        await self._done(oid, lambda done: self._gateway.submit_remove(oid, lambda result: done(result, None)))

@@ -29,6 +29,7 @@ from anyio.lowlevel import checkpoint
 
 from sheepdog.contracts.services import Clock, Executor
 from sheepdog.contracts.store import REPLICA, Buffer, ObjectStore, ShardKey
+from sheepdog.daemon.awaiting import result_of
 from sheepdog.daemon.interfaces import RecoveryStatus
 from sheepdog.daemon.outbox import Outbox
 from sheepdog.daemon.peers import PeerPool
@@ -329,16 +330,7 @@ class Recovery:
 
     async def fetched(self, oid: int, index: int) -> int:
         """As ``fetch``, awaited."""
-        event = anyio.Event()
-        results: list[int] = []
-
-        def done(result: int) -> None:
-            results.append(result)
-            event.set()
-
-        self.fetch(oid, index, done)
-        await event.wait()
-        return results[0]
+        return await result_of(self._outbox, lambda done: self.fetch(oid, index, done))
 
     def must_mend(self, oid: int) -> bool:
         """Whether strips of the object may be missing or out of step, so that it is to be mended before a change."""
@@ -487,19 +479,10 @@ class Recovery:
 
     async def _fetch_strip(self, oid: int, placement: Placement) -> int:
         """The primary brings the strip."""
-        event = anyio.Event()
-        results: list[int] = []
-
-        def done(result: int) -> None:
-            results.append(result)
-            event.set()
-
-        with self._outbox:
-            self.mend(oid, done)
-        await event.wait()
-        if results[0] == Result.EIO:
+        result = await result_of(self._outbox, lambda done: self.mend(oid, done))
+        if result == Result.EIO:
             self._missing[ShardKey(oid, placement.index)] = None
-        return results[0]
+        return result
 
     async def _revive(self, key: ShardKey, placement: Placement) -> bool:
         """What was set aside here last is live again, if a present holder has exactly that."""
@@ -535,17 +518,7 @@ class Recovery:
     async def _in_lane(self, key: ShardKey, work: Callable[[], Any]) -> int:  # Any: not looked at
         shards = self._shards
         assert shards is not None
-        event = anyio.Event()
-        results: list[int] = []
-
-        def done(result: int, _: object) -> None:
-            results.append(result)
-            event.set()
-
-        with self._outbox:
-            shards.run(key, work, done)
-        await event.wait()
-        return results[0]
+        return await result_of(self._outbox, lambda done: shards.run(key, work, done))
 
     # ---- the background task
 

@@ -111,9 +111,7 @@ class Repairs:
     async def _digest(self, oid: int, node: NodeId, epoch: int) -> bytes | None:
         request = Request(Op.GET_HASH, proto=SHEEP_PROTO_VER, oid=oid, tgt_epoch=epoch)
         try:
-            response = await (
-                self._get_hash(request) if node == self._state.me.id else self._peers.call(node, request)
-            )
+            response = await (self._get_hash(request) if node == self._state.me.id else self._peers.call(node, request))
         except ObjectNotFound:
             return None
         if response.result == Result.NO_OBJ:

@@ -1,7 +1,7 @@
 """One sheep, put together: everything is made here and handed to whoever needs it.
 
-``main`` is what the command line calls: it resolves the names of plugins to objects and runs the event loop. ``Sheep`` is
-the same daemon with everything nondeterministic as an argument, which is how a simulation runs many in one process.
+``main`` is what the command line calls: it resolves the names of plugins to objects and runs the event loop. ``Sheep``
+is the same daemon with everything nondeterministic as an argument, which is how a simulation runs many in one process.
 """
 
 from __future__ import annotations
@@ -276,7 +276,10 @@ def _uvloop_installed() -> bool:
 
 
 async def _run(
-    config: SheepConfig, driver: ClusterDriver, front_ends: Sequence[FrontEnd], redundancies: Sequence[RedundancyFactory]
+    config: SheepConfig,
+    driver: ClusterDriver,
+    front_ends: Sequence[FrontEnd],
+    redundancies: Sequence[RedundancyFactory],
 ) -> int:
     try:
         return await _run_sheep(config, driver, front_ends, redundancies)
@@ -305,7 +308,10 @@ def _log_failure(error: BaseException) -> None:
 
 
 async def _run_sheep(
-    config: SheepConfig, driver: ClusterDriver, front_ends: Sequence[FrontEnd], redundancies: Sequence[RedundancyFactory]
+    config: SheepConfig,
+    driver: ClusterDriver,
+    front_ends: Sequence[FrontEnd],
+    redundancies: Sequence[RedundancyFactory],
 ) -> int:
     from random import SystemRandom
 

@@ -1,6 +1,7 @@
 """Starts tasks from anywhere on the loop, callbacks of a transport or of a worker thread included.
 
-A task group can only be used by a task; the data path has none. So what is to run is queued here, and one task starts it.
+A task group can only be used by a task; the data path has none. So what is to run is queued here, and one task starts
+it.
 """
 
 from __future__ import annotations

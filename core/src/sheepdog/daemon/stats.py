@@ -19,8 +19,8 @@ class Stats:
 
     __slots__ = (
         "gateway_active", "gateway_flushes", "gateway_reads", "gateway_removes", "gateway_rx_bytes", "gateway_total",
-        "gateway_tx_bytes", "gateway_writes", "peer_active", "peer_reads", "peer_removes", "peer_rx_bytes", "peer_total",
-        "peer_tx_bytes", "peer_writes",
+        "gateway_tx_bytes", "gateway_writes", "peer_active", "peer_reads", "peer_removes", "peer_rx_bytes",
+        "peer_total", "peer_tx_bytes", "peer_writes",
     )  # fmt: skip
 
     def __init__(self) -> None:

@@ -247,9 +247,7 @@ class Vdis:
         await self.barrier.wait()
         return self.reply(header.vdi_id, header)
 
-    async def _new_volume(
-        self, section: Section, wanted: VdiRequest, name: bytes, result: LookupResult
-    ) -> InodeHeader:
+    async def _new_volume(self, section: Section, wanted: VdiRequest, name: bytes, result: LookupResult) -> InodeHeader:
         header = self._children.new_header(wanted, name, result, None)
         await self._children.create_volume(header)
         await section.finish(

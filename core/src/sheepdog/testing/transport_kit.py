@@ -41,7 +41,7 @@ TRIO = pytest.param(("trio", {}), id="trio")
 async def until(condition: Callable[[], object], what: str = "the condition", deadline_s: float = DEADLINE_S) -> None:
     """``condition()`` is true. Fails the test when that takes longer than the deadline."""
     with anyio.move_on_after(deadline_s):
-        while not condition():  # noqa: ASYNC110  # the condition is the tester's, nothing announces it
+        while not condition():  # the condition is the tester's, nothing announces it
             await anyio.sleep(0.001)
         return
     raise AssertionError(f"after {deadline_s} s still waiting for {what}")

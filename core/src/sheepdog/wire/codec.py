@@ -4,8 +4,8 @@ The decoder owns one receive buffer. A body that is mostly still to come gets a 
 is received where it is needed; a small body is copied out of the shared buffer (4 KiB: 0.2 µs), after which the buffer
 can be reused at once. Bodies handed out are therefore always owned by their request.
 
-Everything is bounded: a header that announces more than ``body_bytes_max`` is a ``ProtocolError``, and the memory of one
-connection is the receive buffer plus one body.
+Everything is bounded: a header that announces more than ``body_bytes_max`` is a ``ProtocolError``, and the memory of
+one connection is the receive buffer plus one body.
 """
 
 from __future__ import annotations
@@ -41,9 +41,22 @@ class Decoder(Generic[F]):
     :raises ProtocolError: from ``received``; the connection must be closed, earlier frames of the pass are lost.
     """
 
-    __slots__ = ("_buffer", "_body", "_body_filled", "_end", "_frame", "_has_body", "_start", "_unpack", "_view", "body_bytes_max")
+    __slots__ = (
+        "_body",
+        "_body_filled",
+        "_buffer",
+        "_end",
+        "_frame",
+        "_has_body",
+        "_start",
+        "_unpack",
+        "_view",
+        "body_bytes_max",
+    )
 
-    def __init__(self, unpack: Callable[[memoryview, int], F], has_body: Callable[[F], bool], body_bytes_max: int) -> None:
+    def __init__(
+        self, unpack: Callable[[memoryview, int], F], has_body: Callable[[F], bool], body_bytes_max: int
+    ) -> None:
         self._unpack: Callable[[memoryview, int], F] = unpack
         self._has_body: Callable[[F], bool] = has_body
         self.body_bytes_max = body_bytes_max

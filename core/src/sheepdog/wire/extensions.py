@@ -1,7 +1,7 @@
 """Opcodes of our own, spoken only between sheep of this project.
 
-They lie in 0xd0..0xef, which the original never assigned (it answers INVALID_PARMS to them). All are peer operations with
-the internal protocol version; those from 0xe0 on use the object variant.
+They lie in 0xd0..0xef, which the original never assigned (it answers INVALID_PARMS to them). All are peer operations
+with the internal protocol version; those from 0xe0 on use the object variant.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ FORWARD_CREATE = 0xE1  # a gateway asks the object's primary; fields as CREATE_A
 FORWARD_WRITE = 0xE3  # as WRITE_OBJ
 FORWARD_REMOVE = 0xE4  # as REMOVE_OBJ
 FORWARD_DECREF = 0xE5  # as DECREF_OBJ (ref variant)
-SETTLE = 0xE7  # the primary of oid gives every holder the same version; offset 1: shards may differ, 0: some are missing
+# the primary of oid gives every holder the same version; offset 1: shards may differ, 0: some are missing
+SETTLE = 0xE7
 LOW_WATER = 0xE8  # tail: every change of the sender with a smaller number is complete
 REPAIR = 0xE9  # the primary of oid brings the copy of its holder number ec_index in line with the majority
 
 DRIVER_STATUS = 0xD2  # asked by dog, of any sheep in any status; answer: a CBOR map, see daemon/session.py
 
-REPAIR_NEEDLESS = 1  # first byte of the variant of a REPAIR_REPLICA answer: the copy was right by the time it was looked at
+# first byte of the variant of a REPAIR_REPLICA answer: the copy was right by the time it was looked at
+REPAIR_NEEDLESS = 1
 RECOVERY_POINT = 0xEA  # answer: the last epoch of which everybody has everything (recovery_fetch.VERSION)
 STRIP_STATE = 0xEB  # which change of the strip of oid is on record; cow_oid: a change, is it known to be complete?
 STRIP_DECIDE = 0xEC  # the change cow_oid of oid stays (tgt_epoch 1) or is taken back (0)

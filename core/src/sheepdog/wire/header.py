@@ -18,7 +18,8 @@ RESPONSE_VARIANT_OFFSET = 20
 
 FLAG_WRITE = 0x0001
 
-# proto, opcode, flags, epoch, id, data_length | oid, cow_oid, copies, copy_policy, ec_index, reserved, tgt_epoch, offset, tail
+# proto, opcode, flags, epoch, id, data_length | oid, cow_oid, copies, copy_policy, ec_index, reserved, tgt_epoch,
+# offset, tail
 REQUEST = Struct("<BBHIIIQQBBBBIII")
 # proto, opcode, flags, epoch, id, data_length, result, variant
 RESPONSE = Struct("<BBHIIII28s")

@@ -29,9 +29,7 @@ async def formatted(world, count, **options):
 async def epoch_list(sheep):
     """(epoch, node texts) as STAT_CLUSTER tells, newest first."""
     response = await sheep.ask(Op.STAT_CLUSTER, ClusterRequest(nodes_nr=16), data_length=1 << 20)
-    return [
-        (entry.epoch, tuple(node.id.text for node in entry.nodes)) for entry in unpack_epoch_log(response.body, 16)
-    ]
+    return [(entry.epoch, tuple(node.id.text for node in entry.nodes)) for entry in unpack_epoch_log(response.body, 16)]
 
 
 async def test_gather_and_format():

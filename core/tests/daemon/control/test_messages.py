@@ -139,6 +139,7 @@ def test_inventory_fits(count, locked):
 @given(st.lists(st.lists(states, max_size=4), min_size=2, max_size=4), st.randoms())
 def test_merge_is_a_union(tables, random):
     """The order in which sheep bring their volumes decides nothing about which are used, deleted or snapshots."""
+
     def merged(order):
         table = VdiTable()
         for part in order:
