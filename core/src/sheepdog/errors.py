@@ -26,7 +26,7 @@ same thing again can help. Callers decide by class, never by message::
     │   ├── InvalidParameters, VdiNotFound, TagNotFound, VdiExists, VdiLocked, ReadOnlyObject, Halted
     └── TransportError              a connection cannot be made or broke
 
-Result codes are those of the wire protocol (docs/wire-protocol.md); they are repeated here as plain numbers because
+Result codes are those of the wire protocol (docs/compatibility.md); they are repeated here as plain numbers because
 this module stands below ``sheepdog.wire``. A test keeps the two in step.
 """
 

@@ -360,8 +360,10 @@ class Primary:
         for node in self._state.ring.nodes:
             if node.id != self._state.me.id and self._told.get(node.id, 1) != low_water:
                 self._told[node.id] = low_water
-                self._peers.link(node.id).object_request(LOW_WATER, self._state.epoch, 0, _ignore, tail=low_water)
+                self._peers.link(node.id).object_request(
+                    LOW_WATER, self._state.epoch, 0, partial(self._low_water_told, node.id), tail=low_water
+                )
 
-
-def _ignore(_: Response) -> None:
-    """The low-water mark needs no answer."""
+    def _low_water_told(self, node: NodeId, response: Response) -> None:
+        if response.result == Result.NETWORK_ERROR:
+            self._told.pop(node, None)  # it has not heard: told again with the next tick
