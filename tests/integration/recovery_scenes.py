@@ -11,7 +11,8 @@ from scenes import KiB, MiB, pattern, read_all, wait_stored, write
 from sheepdog.client import admin
 from sheepdog.client.volume import find_vdi
 from sheepdog.errors import SheepdogError
-from sheepdog.model.ids import inode_oid, is_data, is_inode
+from sheepdog.model.ids import inode_oid, is_data, is_inode, vid_of
+from sheepdog.model.inode import HEADER_BYTES, InodeHeader
 from sheepdog.model.node import Node
 from sheepdog.model.ring import Ring
 from sheepdog.testing.cluster import SheepCluster, wait_until
@@ -75,6 +76,15 @@ def shards(cluster: SheepCluster, index: int) -> dict[tuple[int, int], str]:
     return found
 
 
+def _head(path: str) -> bytes:
+    """The header of an inode's file, empty when the file has gone meanwhile."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(HEADER_BYTES)
+    except FileNotFoundError:
+        return b""
+
+
 def stale(cluster: SheepCluster, index: int) -> list[str]:
     """Names of everything set aside on one sheep."""
     bases = (cluster.sheep[index].directory, *cluster.base.glob(f"disk{index}*"))
@@ -82,7 +92,10 @@ def stale(cluster: SheepCluster, index: int) -> list[str]:
 
 
 def in_place(cluster: SheepCluster, copies: int) -> None:
-    """Every object has exactly min(copies, zones) copies, where the ring wants them, and nothing set aside is left."""
+    """Every object has exactly min(copies, zones) copies, where the ring wants them, and nothing set aside is left.
+
+    :param copies: of volumes whose inode does not say otherwise.
+    """
     cluster.wait_recovered()
     live = [sheep.index for sheep in cluster.live]
     ring = Ring(nodes(cluster, live[0]))
@@ -90,14 +103,18 @@ def in_place(cluster: SheepCluster, copies: int) -> None:
 
     def wrong() -> list[str]:
         have: dict[int, set[int]] = {}
+        copies_of: dict[int, int] = {}
         for index in live:
-            for oid, _ in shards(cluster, index):
+            for (oid, _), path in shards(cluster, index).items():
                 if is_data(oid) or is_inode(oid):
                     have.setdefault(oid, set()).add(index)
+                if is_inode(oid) and (header := _head(path)):
+                    copies_of[vid_of(oid)] = InodeHeader.unpack(header).nr_copies
         complaints = [
             f"{oid:016x} is on {sorted(have[oid])}, not on {sorted(wanted)}"
             for oid in sorted(have)
-            if have[oid] != (wanted := {ports[node.id.port] for node in ring.holders(oid, copies)})
+            if have[oid]
+            != (wanted := {ports[node.id.port] for node in ring.holders(oid, copies_of.get(vid_of(oid), copies))})
         ]
         complaints += [f"sheep {index} has set aside {names}" for index in live if (names := stale(cluster, index))]
         return complaints

@@ -254,7 +254,7 @@ def test_object_only_set_aside(fresh_cluster: Start) -> None:
     wildcard start finds one under any epoch at any node (REC-12, REC-23)."""
     cluster = fresh_cluster(2, options=("-W",))
     cluster.dog("cluster", "format", "-c", "1")
-    contents = {"a": fill(cluster, "a", 12, size=16 * MiB)}
+    contents = {"a": fill(cluster, "a", 12, size=48 * MiB)}
     for index in (0, 1):
         cluster.sheep[index].signal(9)
     for index in (0, 1):

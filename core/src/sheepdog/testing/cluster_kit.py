@@ -32,7 +32,7 @@ from sheepdog.testing.cluster_worker import KitCluster, KitMember, ProcessMember
 
 ClusterFactory: TypeAlias = Callable[[], AbstractAsyncContextManager[KitCluster]]
 
-PATIENCE_S = 20.0  # for what must happen at once; long only because test machines are busy
+PATIENCE_S = 45.0  # for what must happen at once; long only because test machines are busy
 
 
 _Check = TypeVar("_Check", bound=Callable[..., object])
