@@ -60,7 +60,7 @@ class Server:
             (data / "myid").write_text(str(my_id))
         self.config = directory / "zoo.cfg"
         self.config.write_text(
-            f"tickTime=200\nminSessionTimeout=400\nmaxSessionTimeout=60000\ndataDir={data}\n"
+            f"tickTime=200\nminSessionTimeout=400\nmaxSessionTimeout=20000\ndataDir={data}\n"
             f"clientPort={port}\nclientPortAddress=127.0.0.1\nadmin.enableServer=false\nmaxClientCnxns=0\n"
             f"4lw.commands.whitelist=ruok,srvr\n{extra}"
         )

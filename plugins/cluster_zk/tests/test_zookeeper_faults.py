@@ -166,7 +166,7 @@ async def test_expiry(cluster, zookeeper, victim_index):
 @pytest.mark.anyio
 async def test_server_restart(own_server):
     """A short restart of the ensemble loses nothing: same sessions, same order."""
-    options = f"{own_server.address}/x,timeout=40000"
+    options = f"{own_server.address}/x,timeout=20000"
     async with driver_cluster("sheepdog_cluster_zk", options, backend="uvloop", pause_s=20) as cluster:
         members = [await cluster.spawn(kit_node(i)) for i in range(2)]
         await settle(members, b"before")
