@@ -124,8 +124,9 @@ def main_job(cluster: SheepCluster, image: Path, story: Story) -> list[tuple[str
     content = image.read_bytes()
     size = len(content)
 
-    story.tell("dog cluster format --copies=3")
-    cluster.dog("cluster", "format", "--copies=3")
+    words = ["cluster", "format", f"--store={cluster.store}", f"--copies={cluster.redundancy}"]
+    story.tell(f"dog {' '.join(words)}")
+    cluster.dog(*words)
 
     story.tell(f"dog vdi create disk {size}, and the image goes in through NBD of sheep 0")
     cluster.dog("vdi", "create", "disk", str(size))
@@ -191,6 +192,9 @@ def main() -> int:
     """The program. 0: all reads were right; 1: something was not; 130: interrupted."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--image", type=Path, help="a raw disk image to use instead of a downloaded one")
+    parser.add_argument("--driver", default="local", help="cluster driver: local (default), raft, zk or etcd")
+    parser.add_argument("--store", default="plain", help="store layout: plain (default) or tree")
+    parser.add_argument("--redundancy", default="3", help="copies or strips: 3 (default), 2, 2:1")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, _terminate)
 
@@ -200,7 +204,14 @@ def main() -> int:
         story.tell("a disk image to work with")
         image = make_image(base, story) if options.image is None else options.image
         story.tell("three sheep start, in zones 0, 1 and 2")
-        with SheepCluster(3, driver="local", store="plain", redundancy="3", nbd=True, base=base / "cluster") as cluster:
+        with SheepCluster(
+            3,
+            driver=options.driver,
+            store=options.store,
+            redundancy=options.redundancy,
+            nbd=True,
+            base=base / "cluster",
+        ) as cluster:
             story.note(", ".join(f"{sheep.address} (NBD {sheep.nbd_port})" for sheep in cluster.sheep))
             results = main_job(cluster, image, story)
         return 0 if summary(results, image.stat().st_size, story) else 1

@@ -92,9 +92,10 @@ def stale(cluster: SheepCluster, index: int) -> list[str]:
 
 
 def in_place(cluster: SheepCluster, copies: int) -> None:
-    """Every object has exactly min(copies, zones) copies, where the ring wants them, and nothing set aside is left.
+    """Every object has exactly min(copies, zones) copies, where the ring wants them, or its strips in the order of the
+    ring, and nothing set aside is left.
 
-    :param copies: of volumes whose inode does not say otherwise.
+    :param copies: of objects that have no inode.
     """
     cluster.wait_recovered()
     live = [sheep.index for sheep in cluster.live]
@@ -102,20 +103,22 @@ def in_place(cluster: SheepCluster, copies: int) -> None:
     ports = {cluster.sheep[index].port: index for index in live}
 
     def wrong() -> list[str]:
-        have: dict[int, set[int]] = {}
-        copies_of: dict[int, int] = {}
+        have: dict[int, list[tuple[int, int]]] = {}  # oid -> (strip or -1, sheep)
+        inodes: dict[int, InodeHeader] = {}
         for index in live:
-            for (oid, _), path in shards(cluster, index).items():
+            for (oid, strip), path in shards(cluster, index).items():
                 if is_data(oid) or is_inode(oid):
-                    have.setdefault(oid, set()).add(index)
+                    have.setdefault(oid, []).append((strip, index))
                 if is_inode(oid) and (header := _head(path)):
-                    copies_of[vid_of(oid)] = InodeHeader.unpack(header).nr_copies
-        complaints = [
-            f"{oid:016x} is on {sorted(have[oid])}, not on {sorted(wanted)}"
-            for oid in sorted(have)
-            if have[oid]
-            != (wanted := {ports[node.id.port] for node in ring.holders(oid, copies_of.get(vid_of(oid), copies))})
-        ]
+                    inodes[vid_of(oid)] = InodeHeader.unpack(header)
+        complaints = []
+        for oid in sorted(have):
+            inode = inodes.get(vid_of(oid))
+            striped = inode is not None and inode.copy_policy != 0 and is_data(oid)
+            holders = [ports[node.id.port] for node in ring.holders(oid, inode.nr_copies if inode else copies)]
+            wanted = sorted((strip if striped else -1, index) for strip, index in enumerate(holders))
+            if sorted(have[oid]) != wanted:
+                complaints.append(f"{oid:016x} is on (strip, sheep) {sorted(have[oid])}, not on {wanted}")
         complaints += [f"sheep {index} has set aside {names}" for index in live if (names := stale(cluster, index))]
         return complaints
 

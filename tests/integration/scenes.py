@@ -161,8 +161,12 @@ def referenced(inodes: Iterable[Inode]) -> set[int]:
 
 
 def stored(cluster: SheepCluster, kind: Callable[[int], bool] = is_data) -> Counter[int]:
-    """Objects of a kind -> number of copies on disk."""
-    return Counter({oid: len(holders) for (oid, _), holders in cluster.census().items() if kind(oid)})
+    """Objects of a kind -> number of copies or strips on disk."""
+    found: Counter[int] = Counter()
+    for (oid, _), holders in cluster.census().items():
+        if kind(oid):
+            found[oid] += len(holders)
+    return found
 
 
 def kinds(cluster: SheepCluster) -> dict[str, int]:

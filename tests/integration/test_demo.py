@@ -11,9 +11,14 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.processes, pytest.mark.matrix, pytest.mark.timeout(180)]
 
 PROGRAM = Path(__file__).resolve().parents[2] / "examples" / "main_job.py"
+CELL = [
+    *("--driver", os.environ.get("SHEEPDOG_TEST_CLUSTER", "local")),
+    *("--store", os.environ.get("SHEEPDOG_TEST_STORE", "plain")),
+    *("--redundancy", os.environ.get("SHEEPDOG_TEST_REDUNDANCY", "copies")),
+]
 
 
 @pytest.fixture
@@ -52,7 +57,7 @@ def test_main_job(place, image, with_qemu):
         env["PATH"] = "/nonexistent"  # the program finds no qemu-img
 
     done = subprocess.run(
-        [sys.executable, str(PROGRAM), "--image", str(image)], env=env, capture_output=True, text=True
+        [sys.executable, str(PROGRAM), "--image", str(image), *CELL], env=env, capture_output=True, text=True
     )
 
     assert done.returncode == 0, done.stdout + done.stderr
@@ -67,7 +72,7 @@ def test_interrupted(place, image, number):
     """Stopped in the middle, the program ends with 130 and takes its sheep and files with it."""
     env = {**os.environ, "TMPDIR": str(place)}
     program = subprocess.Popen(
-        [sys.executable, "-u", str(PROGRAM), "--image", str(image)], env=env, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-u", str(PROGRAM), "--image", str(image), *CELL], env=env, stdout=subprocess.PIPE, text=True
     )
     for line in program.stdout:
         if "cluster format" in line:

@@ -15,16 +15,16 @@ from scenes import pattern, write
 from sheepdog.model.ids import is_data
 from sheepdog.testing.cluster import SheepCluster, wait_until
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.processes, pytest.mark.matrix, pytest.mark.timeout(120)]
 
 Start = Callable[..., SheepCluster]
 
 
 @pytest.fixture(scope="module")
 def cluster(start_cluster: Start) -> SheepCluster:
-    """Three sheep, 2 copies."""
-    cluster = start_cluster(3)
-    cluster.dog("cluster", "format", "-c", "2")
+    """Three sheep, 2 copies or strips 2:1."""
+    cluster = start_cluster(3, copies=2)
+    cluster.format()
     return cluster
 
 
@@ -159,7 +159,7 @@ def test_full_disk(fresh_cluster: Start, small_disk: Path) -> None:
     """A full disk refuses new objects with a clear message; the node stays, data stays readable, and after space is
     freed writes succeed (MD-13)."""
     cluster = fresh_cluster(2, base=small_disk / "base")
-    cluster.dog("cluster", "format", "-c", "2")
+    cluster.format()
     contents = {"a": fill(cluster, "a", 13, size=12 * MiB)}
     cluster.dog("vdi", "create", "b", "64M")
     failed = cluster.dog("vdi", "write", "b", "0", str(64 * MiB), input=pattern(1, 64 * MiB), check=False)

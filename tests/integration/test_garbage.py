@@ -25,19 +25,17 @@ from scenes import (
 from sheepdog.model.ids import data_oid, is_ledger
 from sheepdog.testing.cluster import SheepCluster, wait_until
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
-
-COPIES = 2
+pytestmark = [pytest.mark.processes, pytest.mark.matrix, pytest.mark.timeout(180)]
 
 
 @pytest.fixture(scope="module")
 def formatted(start_cluster: Callable[..., SheepCluster]) -> SheepCluster:
-    return start_cluster(3, driver="local", store="plain", redundancy=str(COPIES))
+    return start_cluster(3, copies=2)
 
 
 @pytest.fixture
 def cluster(formatted: SheepCluster) -> SheepCluster:
-    """Three nodes, 2 copies, objects of 1 MiB, and nothing stored yet."""
+    """Three nodes, 2 copies or strips 2:1, objects of 1 MiB, and nothing stored yet."""
     formatted.format("-f", "-z", "20")
     return formatted
 
@@ -60,7 +58,7 @@ def chain(cluster: SheepCluster, name: str, objects: int, rounds: int) -> dict[s
 
 def check_remaining(cluster: SheepCluster, name: str, states: dict[str, bytes]) -> None:
     """What is left reads as ever, and exactly what it needs is stored, in the right number of copies."""
-    wait_stored(cluster, dict.fromkeys(referenced(live_inodes(cluster)), COPIES))
+    wait_stored(cluster, dict.fromkeys(referenced(live_inodes(cluster)), cluster.shards))
     for tag, content in states.items():
         assert read_all(cluster, name, tag=tag) == content, f"snapshot {tag!r}"
 
@@ -137,18 +135,18 @@ def test_clones(cluster: SheepCluster) -> None:
     assert kinds(cluster)["data"] == 4 + 2 + 2
 
     cluster.dog("vdi", "delete", "source")
-    wait_stored(cluster, dict.fromkeys(referenced(live_inodes(cluster)), COPIES))
+    wait_stored(cluster, dict.fromkeys(referenced(live_inodes(cluster)), cluster.shards))
     assert kinds(cluster)["data"] == 8
     assert read_all(cluster, "source", tag="s") == base
 
     cluster.dog("vdi", "delete", "-s", "s", "source")
-    wait_stored(cluster, dict.fromkeys(referenced(live_inodes(cluster)), COPIES))
+    wait_stored(cluster, dict.fromkeys(referenced(live_inodes(cluster)), cluster.shards))
     assert kinds(cluster)["data"] == 2 + 2 + 2, "the clones still share two objects of the snapshot"
     for name, content in contents.items():
         assert read_all(cluster, name) == content
 
     cluster.dog("vdi", "delete", "one")
-    wait_stored(cluster, dict.fromkeys(referenced(live_inodes(cluster)), COPIES))
+    wait_stored(cluster, dict.fromkeys(referenced(live_inodes(cluster)), cluster.shards))
     assert kinds(cluster)["data"] == 4
     assert read_all(cluster, "two") == contents["two"]
 

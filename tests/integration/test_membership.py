@@ -21,7 +21,7 @@ from recovery_scenes import (
 
 from sheepdog.testing.cluster import SheepCluster
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.processes, pytest.mark.matrix, pytest.mark.timeout(150)]
 
 Start = Callable[..., SheepCluster]
 WAITING = "Waiting for other nodes to join cluster"
@@ -46,8 +46,8 @@ def shutdown(cluster: SheepCluster) -> None:
 def test_deaths_in_every_order(fresh_cluster: Start) -> None:
     """The oldest dies first, then the others; until the last survivor is back nothing is served; then all is as it was
     (MEM-1, MEM-2, MEM-3, MEM-19)."""
-    cluster = fresh_cluster(3)
-    cluster.dog("cluster", "format", "-c", "2")
+    cluster = fresh_cluster(3, copies=2)
+    cluster.format()
     contents = {"a": fill(cluster, "a", 1, size=8 * MiB)}
     for order, back in (((0, 1), (0, 1, 2)), ((2, 1), (1, 2, 0))):
         for index in order:
@@ -76,12 +76,12 @@ def test_deaths_in_every_order(fresh_cluster: Start) -> None:
 
 def test_rolling_replacement(fresh_cluster: Start) -> None:
     """Five times the oldest goes and a fresh one comes; then all seven start and know every epoch (MEM-4, MEM-5)."""
-    cluster = fresh_cluster(7)
+    cluster = fresh_cluster(7, redundancy="2")  # two at a time: too few for strips
     for index in range(2, 7):
         cluster.stop(index)
         wipe(cluster, index)
     cluster.wait_members()
-    cluster.dog("cluster", "format", "-c", "2")
+    cluster.format()
     contents = {"a": fill(cluster, "a", 1, size=8 * MiB)}
     for step in range(5):
         cluster.kill(step)
@@ -103,12 +103,12 @@ def test_rolling_replacement(fresh_cluster: Start) -> None:
 
 def test_simultaneous_joins(fresh_cluster: Start) -> None:
     """Several that join at once are all members soon, with at most one epoch each, and agree (MEM-6, MEM-7, MEM-8)."""
-    cluster = fresh_cluster(6, gateways=2)
+    cluster = fresh_cluster(6, gateways=2, redundancy="1")
     for index in range(1, 6):
         cluster.kill(index)
         wipe(cluster, index)
     cluster.wait_members()
-    cluster.dog("cluster", "format", "-c", "1")
+    cluster.format()
     for index in range(1, 6):
         cluster.restart(index, wait=False)
     cluster.wait_recovered()
@@ -121,19 +121,19 @@ def test_simultaneous_joins(fresh_cluster: Start) -> None:
 def test_foreign_stores(start_cluster: Start, tmp_path) -> None:
     """A store of another cluster is refused by a running and by a waiting cluster, however new its epochs are
     (MEM-9, MEM-10, MEM-11)."""
-    foreign = start_cluster(2)
-    foreign.dog("cluster", "format", "-c", "1")
+    foreign = start_cluster(2, redundancy="1")
+    foreign.format()
     for _ in range(2):
         foreign.kill(1)
         foreign.wait_members()
         foreign.restart(1)
     foreign.kill(1)
     foreign.stop(0)
-    cluster = start_cluster(3)
+    cluster = start_cluster(3, redundancy="2")
     cluster.kill(2)
     wipe(cluster, 2)
     cluster.wait_members()
-    cluster.dog("cluster", "format", "-c", "2")
+    cluster.format()
     contents = {"a": fill(cluster, "a", 4, size=4 * MiB)}
     foreign.sheep[0].directory.rename(cluster.sheep[2].directory)
 
@@ -158,12 +158,12 @@ def test_foreign_stores(start_cluster: Start, tmp_path) -> None:
 
 def test_unformatted_nodes_first(fresh_cluster: Start) -> None:
     """Nodes that were never formatted and start first take the configuration of those that were (MEM-12)."""
-    cluster = fresh_cluster(4)
+    cluster = fresh_cluster(4, redundancy="2")
     for index in (2, 3):
         cluster.stop(index)
         wipe(cluster, index)
     cluster.wait_members()
-    cluster.dog("cluster", "format", "-c", "2")
+    cluster.format()
     contents = {"a": fill(cluster, "a", 5, size=8 * MiB)}
     shutdown(cluster)
     for index in (2, 3, 0, 1):
@@ -183,8 +183,8 @@ def test_unformatted_nodes_first(fresh_cluster: Start) -> None:
 def test_restart_needs_everybody_or_force(fresh_cluster: Start) -> None:
     """After a shutdown all members are waited for; forced, the cluster runs with those present, and who returns later
     joins as any other (MEM-13, MEM-14)."""
-    cluster = fresh_cluster(3)
-    cluster.dog("cluster", "format", "-c", "2")
+    cluster = fresh_cluster(3, copies=2)
+    cluster.format()
     contents = {"a": fill(cluster, "a", 6, size=12 * MiB)}
     refused = cluster.dog("cluster", "recover", "force", input=b"yes\n", check=False)
     assert refused.returncode != 0
@@ -216,8 +216,8 @@ def test_restart_needs_everybody_or_force(fresh_cluster: Start) -> None:
 
 def test_crashes_of_all(fresh_cluster: Start) -> None:
     """Three times everybody is killed at once and started at once: same epochs everywhere, same bytes (MEM-15)."""
-    cluster = fresh_cluster(4)
-    cluster.dog("cluster", "format", "-c", "3")
+    cluster = fresh_cluster(4, copies=3)
+    cluster.format()
     contents = {name: fill(cluster, name, seed, size=8 * MiB) for seed, name in enumerate("ab")}
     for _ in range(3):
         for index in range(4):
@@ -234,8 +234,8 @@ def test_crashes_of_all(fresh_cluster: Start) -> None:
 
 def test_two_die_one_returns_another_dies(fresh_cluster: Start) -> None:
     """Deaths and returns that overlap end in one membership that the survivors agree on (MEM-16, MEM-17)."""
-    cluster = fresh_cluster(3)
-    cluster.dog("cluster", "format", "-c", "4", input=b"yes\n")
+    cluster = fresh_cluster(3, redundancy="4")
+    cluster.dog("cluster", "format", "-b", cluster.store, "-c", "4", input=b"yes\n")
     contents = {"a": fill(cluster, "a", 7, size=8 * MiB)}
     cluster.kill(1)
     cluster.kill(2)
@@ -256,8 +256,8 @@ def test_two_die_one_returns_another_dies(fresh_cluster: Start) -> None:
 def test_random_history(fresh_cluster: Start) -> None:
     """Whatever order nodes go and come in, the last survivor's data is what all have in the end (MEM-2, MEM-16)."""
     chance = random.Random(20)
-    cluster = fresh_cluster(4)
-    cluster.dog("cluster", "format", "-c", "2")
+    cluster = fresh_cluster(4, copies=2)
+    cluster.format()
     contents = {"a": fill(cluster, "a", 8, size=12 * MiB)}
     for _ in range(5):
         down = [sheep.index for sheep in cluster.sheep if not sheep.running]

@@ -8,7 +8,7 @@ import pytest
 from sheepdog.client.nbd import NbdClient
 from sheepdog.testing.cluster import ClusterFailure
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.processes, pytest.mark.matrix, pytest.mark.timeout(180)]
 
 MiB = 1 << 20
 

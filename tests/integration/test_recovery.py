@@ -23,16 +23,16 @@ from sheepdog.client import admin
 from sheepdog.model.ids import is_data
 from sheepdog.testing.cluster import SheepCluster, wait_until
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.processes, pytest.mark.matrix, pytest.mark.timeout(150)]
 
 Start = Callable[..., SheepCluster]
 
 
 @pytest.fixture(scope="module")
 def cluster(start_cluster: Start) -> SheepCluster:
-    """Four sheep, 2 copies by default."""
-    cluster = start_cluster(4)
-    cluster.dog("cluster", "format", "-c", "2")
+    """Four sheep, 2 copies or strips 2:1 by default."""
+    cluster = start_cluster(4, copies=2)
+    cluster.format()
     return cluster
 
 
@@ -234,8 +234,8 @@ def test_throttle(cluster: SheepCluster) -> None:
 def test_strips_through_a_restart_of_a_node(fresh_cluster: Start) -> None:
     """Erasure-coded data is right at once when a node dies, whole again when it returns, and its old strips do not win
     (EC-2, EC-3, EC-6, REC-21)."""
-    cluster = fresh_cluster(4)
-    cluster.dog("cluster", "format", "-c", "2:1")
+    cluster = fresh_cluster(4, redundancy="2:1")
+    cluster.format()
     content = bytearray(fill(cluster, "ec", 30, size=12 * MiB))
     cluster.kill(1)
     same_everywhere(cluster, {"ec": bytes(content)}, through=(0,))
@@ -252,8 +252,8 @@ def test_strips_through_a_restart_of_a_node(fresh_cluster: Start) -> None:
 def test_object_only_set_aside(fresh_cluster: Start) -> None:
     """An object that exists only in a stale directory, under the last epoch, is found by recovery after a crash; a
     wildcard start finds one under any epoch at any node (REC-12, REC-23)."""
-    cluster = fresh_cluster(2, options=("-W",))
-    cluster.dog("cluster", "format", "-c", "1")
+    cluster = fresh_cluster(2, redundancy="1", options=("-W",))
+    cluster.format()
     contents = {"a": fill(cluster, "a", 12, size=48 * MiB)}
     for index in (0, 1):
         cluster.sheep[index].signal(9)

@@ -26,15 +26,15 @@ from scenes import (
 
 from sheepdog.testing.cluster import SheepCluster
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.processes, pytest.mark.matrix, pytest.mark.timeout(180)]
 
 NODES = range(3)
 
 
 @pytest.fixture(scope="module")
 def cluster(start_cluster: Callable[..., SheepCluster]) -> SheepCluster:
-    """Three nodes, 2 copies, objects of 1 MiB; shared by the tests, each with names of its own."""
-    cluster = start_cluster(3, driver="local", store="plain", redundancy="2")
+    """Three nodes, 2 copies or strips 2:1, objects of 1 MiB; shared by the tests, each with names of its own."""
+    cluster = start_cluster(3, copies=2)
     cluster.format("-z", "20")
     return cluster
 
@@ -247,7 +247,7 @@ def test_rollback(cluster: SheepCluster) -> None:
 
 def test_tree(fresh_cluster: Callable[..., SheepCluster]) -> None:
     """SNAP-7: two names, one with a branch, are drawn as described; a snapshot whose parent is gone becomes a root."""
-    cluster = fresh_cluster(1, driver="local", store="plain", redundancy="1")
+    cluster = fresh_cluster(1)
     cluster.format()
     cluster.dog("vdi", "create", "plain", "4M")
     cluster.dog("vdi", "create", "split", "4M")
@@ -334,7 +334,7 @@ def test_snapshot_of_a_hyper_volume(cluster: SheepCluster) -> None:
 
 def test_snapshots_survive_a_restart(fresh_cluster: Callable[..., SheepCluster]) -> None:
     """SNAP-12, VDI-7: after shutdown and restart all snapshots, copies and contents are there."""
-    cluster = fresh_cluster(3, driver="local", store="plain", redundancy="2")
+    cluster = fresh_cluster(3, copies=2)
     cluster.format()
     cluster.dog("vdi", "create", "-c", "3", "kept", "8M")
     states = {}

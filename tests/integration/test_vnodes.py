@@ -9,7 +9,7 @@ from recovery_scenes import MiB, exited, fill, in_place, nodes, same_everywhere,
 
 from sheepdog.testing.cluster import SheepCluster, wait_until
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.processes, pytest.mark.matrix, pytest.mark.timeout(120)]
 
 Start = Callable[..., SheepCluster]
 
@@ -23,10 +23,10 @@ def vnodes(cluster: SheepCluster, index: int) -> list[int]:
 def test_fixed(fresh_cluster: Start) -> None:
     """Fixed numbers stay as given, change on line with an epoch each, and objects follow gently; an automatic node and
     an automatic format are refused (VN-4 to VN-9)."""
-    cluster = fresh_cluster(3, options=("-V", "60"))
+    cluster = fresh_cluster(3, copies=2, options=("-V", "60"))
     refused = cluster.dog("cluster", "format", "-c", "2", check=False)
     assert refused.returncode != 0
-    cluster.dog("cluster", "format", "-V", "-c", "2")
+    cluster.format("-V")
     contents = {"a": fill(cluster, "a", 1, size=24 * MiB)}
     assert vnodes(cluster, 1) == [60, 60, 60]
     epoch = cluster.epoch(0)
@@ -59,11 +59,11 @@ def test_fixed(fresh_cluster: Start) -> None:
 def test_auto(fresh_cluster: Start) -> None:
     """Automatic numbers are there before format and equal in every listing; a reweight with nothing new is harmless;
     fixed numbers are refused (VN-1, VN-2, VN-3, VN-6, VN-8)."""
-    cluster = fresh_cluster(3)
+    cluster = fresh_cluster(3, copies=2)
     assert vnodes(cluster, 0) == vnodes(cluster, 2)
     assert abs(sum(vnodes(cluster, 0)) - 3 * 128) <= 2
     assert cluster.dog("cluster", "format", "-V", "-c", "2", check=False).returncode != 0
-    cluster.dog("cluster", "format", "-c", "2")
+    cluster.format()
     contents = {"a": fill(cluster, "a", 2, size=16 * MiB)}
     assert cluster.dog("node", "vnodes", "set", "5", check=False).returncode == 255
     disk = cluster.base / "disk1a"

@@ -28,10 +28,9 @@ from sheepdog.model.ids import data_oid, inode_oid, is_ledger, ledger_oid
 from sheepdog.model.inode import HEADER_BYTES, MAP_OFFSET, InodeHeader
 from sheepdog.testing.cluster import SheepCluster
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.processes, pytest.mark.matrix, pytest.mark.timeout(600)]
 
 SEED, EXAMPLES, STEPS = map(int, os.environ.get("SHEEPDOG_VOLUME_MODEL", "1,6,25").split(","))
-COPIES = 2
 NODES = 3
 NAMES = ("alpha", "beta", "gamma", "delta")
 OBJECTS_MAX = 5
@@ -309,8 +308,8 @@ class VolumeMachine(RuleBasedStateMachine):
     def compare_disks(self) -> None:
         """Exactly the objects that somebody can see are stored, and ledgers of those that were once shared by more."""
         live = {thing for modelled in self.everything() for thing in modelled.objects.values()}
-        wait_stored(self.cluster, {self.oid(thing): COPIES for thing in live})
-        ledgers = {ledger_oid(self.oid(thing)): COPIES for thing in live & self.lent}
+        wait_stored(self.cluster, {self.oid(thing): self.cluster.shards for thing in live})
+        ledgers = {ledger_oid(self.oid(thing)): self.cluster.shards for thing in live & self.lent}
         wait_stored(self.cluster, ledgers, is_ledger)
 
     def teardown(self) -> None:
@@ -330,8 +329,8 @@ class VolumeMachine(RuleBasedStateMachine):
 
 @pytest.fixture(scope="module")
 def cluster(start_cluster: Callable[..., SheepCluster]) -> SheepCluster:
-    """Three nodes with NBD, 2 copies, objects of 1 MiB."""
-    cluster = start_cluster(NODES, driver="local", store="plain", redundancy=str(COPIES), nbd=True)
+    """Three nodes with NBD, 2 copies or strips 2:1, objects of 1 MiB."""
+    cluster = start_cluster(NODES, copies=2, nbd=True)
     cluster.format("-z", "20")
     return cluster
 

@@ -33,15 +33,15 @@ from sheepdog.model.hashing import vdi_hash
 from sheepdog.model.ids import data_oid, is_inode
 from sheepdog.testing.cluster import SheepCluster, run_python, wait_until
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.processes, pytest.mark.matrix, pytest.mark.timeout(180)]
 
 NODES = range(3)
 
 
 @pytest.fixture(scope="module")
 def cluster(start_cluster: Callable[..., SheepCluster]) -> SheepCluster:
-    """Three nodes, 2 copies, objects of 1 MiB; shared by the tests, each with names of its own."""
-    cluster = start_cluster(3, driver="local", store="plain", redundancy="2")
+    """Three nodes, 2 copies or strips 2:1, objects of 1 MiB; shared by the tests, each with names of its own."""
+    cluster = start_cluster(3, copies=2)
     cluster.format("-z", "20")
     return cluster
 
@@ -51,7 +51,7 @@ def test_life_of_a_volume(cluster: SheepCluster) -> None:
     cluster.dog("vdi", "create", "life", "3M")
     [row] = rows(cluster, "life")
     assert row[:4] == ["=", "life", "0", str(3 * MiB)]
-    assert row[8:] == ["2", "", "20"]
+    assert row[8:] == [cluster.redundancy, "", "20"]
     again = cluster.dog("vdi", "create", "life", "3M", check=False)
     assert (again.returncode, again.stderr) == (1, b"Failed to create VDI life: VDI exists already\n")
     write(cluster, "life", 0, pattern(1, 3 * MiB))
@@ -108,15 +108,15 @@ def test_thin_and_preallocated(cluster: SheepCluster) -> None:
     vid = vid_of_name(cluster, "thin")
     mine = only([vid])
     assert not stored(cluster, mine)
-    assert stored(cluster, lambda oid: is_inode(oid) and oid >> 32 & 0xFFFFFF == vid).total() == 2
+    assert stored(cluster, lambda oid: is_inode(oid) and oid >> 32 & 0xFFFFFF == vid).total() == cluster.shards
     for count, index in enumerate((5, 0, 7), start=1):
         write(cluster, "thin", index * MiB + 17, b"x")
         write(cluster, "thin", index * MiB + 99, b"y")
         assert len(stored(cluster, mine)) == count
-    wait_stored(cluster, {data_oid(vid, index): 2 for index in (0, 5, 7)}, mine)
+    wait_stored(cluster, {data_oid(vid, index): cluster.shards for index in (0, 5, 7)}, mine)
     cluster.dog("vdi", "create", "-P", "thick", "8M")
     vid = vid_of_name(cluster, "thick")
-    wait_stored(cluster, {data_oid(vid, index): 2 for index in range(8)}, only([vid]))
+    wait_stored(cluster, {data_oid(vid, index): cluster.shards for index in range(8)}, only([vid]))
 
 
 def test_unaligned_writes(cluster: SheepCluster) -> None:
@@ -192,7 +192,7 @@ def test_discard(cluster: SheepCluster) -> None:
     assert cluster.dog("vdi", "check", "gone").stdout == b"finish check&repair gone\n"
     write(cluster, "gone", MiB + 5, b"again", node=2)
     assert read(cluster, "gone", MiB, 16) == bytes(5) + b"again" + bytes(6)
-    wait_stored(cluster, {data_oid(vid, 1): 2}, only([vid]))
+    wait_stored(cluster, {data_oid(vid, 1): cluster.shards}, only([vid]))
 
 
 def test_discard_by_the_server(cluster: SheepCluster) -> None:
@@ -202,19 +202,24 @@ def test_discard_by_the_server(cluster: SheepCluster) -> None:
     with cluster.connect(1) as connection:
         for _ in range(2):
             assert connection.request(0x05, oid=data_oid(vid, 1)).result == 0
-    wait_stored(cluster, {data_oid(vid, 0): 2}, only([vid]))
+    wait_stored(cluster, {data_oid(vid, 0): cluster.shards}, only([vid]))
     assert header_of(cluster, "olddiscard").vdi_size == 2 * MiB
 
 
 def test_copies_per_volume(cluster: SheepCluster) -> None:
     """VDI-7: the cluster's default unless the volume names its own; both kinds live side by side."""
-    for words, copies in (((), 2), (("-c", "3"), 3), (("-c", "1"), 1)):
-        name = f"copies{copies}"
+    for words, shown, copies in (
+        ((), cluster.redundancy, cluster.shards),
+        (("-c", "3"), "3", 3),
+        (("-c", "1"), "1", 1),
+        (("-c", "2:1"), "2:1", 3),
+    ):
+        name = f"copies{len(words)}{shown}"
         cluster.dog("vdi", "create", *words, name, "2M")
         write(cluster, name, 0, pattern(copies, 2 * MiB))
         vid = vid_of_name(cluster, name)
         wait_stored(cluster, {data_oid(vid, index): copies for index in range(2)}, only([vid]))
-        assert [row[8] for row in rows(cluster, name)] == [str(copies)]
+        assert [row[8] for row in rows(cluster, name)] == [shown]
         assert read_all(cluster, name, node=1) == pattern(copies, 2 * MiB)
 
 
@@ -278,7 +283,7 @@ def test_deletion_in_batches(cluster: SheepCluster) -> None:
     cluster.dog("vdi", "create", "-P", "batch", "8M")
     vid = vid_of_name(cluster, "batch")
     cluster.dog("vdi", "delete", "-m", "3", "batch")
-    wait_stored(cluster, {data_oid(vid, index): 2 for index in range(3, 8)}, only([vid]))
+    wait_stored(cluster, {data_oid(vid, index): cluster.shards for index in range(3, 8)}, only([vid]))
     assert len(rows(cluster, "batch")) == 1
     cluster.dog("vdi", "delete", "-B", "2", "-I", "0", "batch")
     wait_stored(cluster, {}, only([vid]))
@@ -287,7 +292,7 @@ def test_deletion_in_batches(cluster: SheepCluster) -> None:
 
 def test_deletion_while_a_node_is_down(fresh_cluster: Callable[..., SheepCluster]) -> None:
     """VDI-12: a volume that is deleted while a node is away does not come back with that node."""
-    cluster = fresh_cluster(3, driver="local", store="plain", redundancy="2")
+    cluster = fresh_cluster(3, copies=2)
     cluster.format("-z", "20")
     for name in ("stays", "goes"):
         cluster.dog("vdi", "create", name, "6M")
@@ -300,7 +305,7 @@ def test_deletion_while_a_node_is_down(fresh_cluster: Callable[..., SheepCluster
     for node in NODES:
         assert [row[1] for row in rows(cluster, node=node)] == ["stays"]
         assert read_all(cluster, "stays", node=node) == pattern(5, 6 * MiB)
-    wait_stored(cluster, dict.fromkeys(referenced(live_inodes(cluster)), 2))
+    wait_stored(cluster, dict.fromkeys(referenced(live_inodes(cluster)), cluster.shards))
 
 
 # Names found by search: hashing into the last ids is rare.
@@ -310,7 +315,7 @@ TOP, NEIGHBOUR = "n29542d8", "nbf9715"
 def test_numbers(fresh_cluster: Callable[..., SheepCluster]) -> None:
     """VDI-13, VDI-14: vids are the hash of the name or the next free one, and wrap from the top to 1; snapshot ids go
     on counting; rows are sorted by vid; deleting across the wrap works, and a deleted vid is not taken again."""
-    cluster = fresh_cluster(1, driver="local", store="plain", redundancy="1")
+    cluster = fresh_cluster(1)
     cluster.format("-z", "20")
     top, neighbour = TOP, NEIGHBOUR
     assert (vdi_hash(top.encode()), vdi_hash(neighbour.encode())) == (0xFFFFFD, 0xFFFFFF)
@@ -376,8 +381,8 @@ def test_object_map_location_and_disks_agree(cluster: SheepCluster) -> None:
     )
     text = cluster.dog("vdi", "object", "location", "-i", "2", "where").stdout.decode()
     holders = {sheep.address for sheep in cluster.sheep if f"{sheep.address} has the object" in text}
-    census = cluster.census()[data_oid(vid, 2), -1]
-    assert holders == {cluster.address(index) for index in census}
+    on_disk = {index for (oid, _), found in cluster.census().items() if oid == data_oid(vid, 2) for index in found}
+    assert holders == {cluster.address(index) for index in on_disk}
     assert set(text.splitlines()[-1].split()) == holders
     assert cluster.dog("vdi", "check", "-e", "where").stdout == b"where is fine, no object is missing.\n"
 

@@ -12,7 +12,7 @@ from scenes import read_all, write
 from sheepdog.model.ids import is_data
 from sheepdog.testing.cluster import SheepCluster
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.processes, pytest.mark.matrix, pytest.mark.timeout(120)]
 
 Start = Callable[..., SheepCluster]
 
@@ -21,7 +21,7 @@ def test_gateways(fresh_cluster: Start) -> None:
     """A gateway holds nothing and serves everything; it comes and goes as any node; without storage nodes it ends
     (GW-1, GW-3, GW-4)."""
     cluster = fresh_cluster(3, gateways=1)
-    cluster.dog("cluster", "format", "-c", "2")
+    cluster.format()
     contents = {"a": fill(cluster, "a", 1, size=8 * MiB, node=2)}
     assert [node.vnodes > 0 for node in sorted(nodes(cluster, 2), key=lambda n: n.zone)] == [True, True, False]
     cluster.kill(2)
@@ -59,10 +59,10 @@ def test_only_gateways(fresh_cluster: Start) -> None:
 
 def test_one_copy_per_zone(fresh_cluster: Start) -> None:
     """No two copies are in one zone, whatever the number of copies; a new zone takes its share (ZONE-1 to ZONE-3)."""
-    cluster = fresh_cluster(4, zones=(7, 7, 8, 9))
+    cluster = fresh_cluster(4, zones=(7, 7, 8, 9), redundancy="2")
     cluster.stop(3)
     cluster.wait_members()
-    cluster.dog("cluster", "format", "-c", "2")
+    cluster.format()
     contents = {"a": fill(cluster, "a", 1, size=24 * MiB)}
     data = [{oid for oid, _ in shards(cluster, index) if is_data(oid)} for index in range(3)]
     assert data[2] == data[0] | data[1] and not data[0] & data[1] and len(data[2]) == 6

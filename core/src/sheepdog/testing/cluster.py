@@ -190,7 +190,9 @@ class SheepCluster:
     :param zones: zone of each sheep; 0, 1, 2 ... by default.
     :param driver: ``local``, ``raft``, ``zk``, ``etcd``, or a whole ``sheep -c`` argument containing a colon.
     :param store: store layout that ``format`` asks for.
-    :param redundancy: what ``format`` asks for with ``-c``: ``3``, ``2:1``, or ``copies`` and ``ec`` for what fits.
+    :param redundancy: what ``format`` asks for with ``-c``: ``3``, ``2:1``, or ``copies`` and ``ec`` for what fits; ``ec``
+        takes copies where there are fewer than three zones.
+    :param copies: how many ``copies`` means, at most one for each zone.
     :param nbd: each sheep serves NBD too.
     :param sync: writes are synchronous; tests rarely need that.
     :param options: further words of each sheep's command line.
@@ -206,6 +208,7 @@ class SheepCluster:
         driver: str | None = None,
         store: str | None = None,
         redundancy: str | None = None,
+        copies: int = 3,
         nbd: bool = False,
         sync: bool = False,
         options: Sequence[str] = (),
@@ -215,8 +218,8 @@ class SheepCluster:
         self.store = store or os.environ.get("SHEEPDOG_TEST_STORE", "plain")
         storing = len(set((zones or range(count))[: count - gateways]))
         self.redundancy = redundancy or os.environ.get("SHEEPDOG_TEST_REDUNDANCY", "copies")
-        if self.redundancy == "copies":
-            self.redundancy = str(min(3, storing))
+        if self.redundancy == "copies" or (self.redundancy == "ec" and storing < 3):
+            self.redundancy = str(max(1, min(copies, storing)))
         elif self.redundancy == "ec":
             self.redundancy = "2:1" if storing < 6 else "4:2"
         self.options = tuple(options)
@@ -245,8 +248,12 @@ class SheepCluster:
             return [self.driver] * count
         if self.driver == "local":
             return [f"local:{self.base / 'cluster'}"] * count
-        from sheepdog.testing import services  # needs pytest, which a script that uses this class need not have
-
+        try:
+            from sheepdog.testing import services  # needs pytest, which a script that uses this class need not have
+        except ModuleNotFoundError as error:
+            raise ClusterFailure(
+                f"driver {self.driver!r} needs the test tools here ({error}); try: pip install 'sheepdog-core[testing]'"
+            ) from None
         return services.driver_specs(self.driver, count, self.base, self._services)
 
     def __enter__(self) -> SheepCluster:
@@ -282,6 +289,29 @@ class SheepCluster:
         self._services.close()
         if self._owns_base:
             shutil.rmtree(self.base, ignore_errors=True)
+
+    # ---- what the redundancy means
+
+    @property
+    def shards(self) -> int:
+        """How many files hold an object of a volume with the cluster's redundancy: its copies, or its strips.
+
+        As many holders has its inode, which is always a copy.
+        """
+        data, _, parity = self.redundancy.partition(":")
+        return int(data) + int(parity or 0)
+
+    @property
+    def needed(self) -> int:
+        """How many of these files are enough to read the object."""
+        data, _, parity = self.redundancy.partition(":")
+        return int(data) if parity else 1
+
+    @property
+    def fewest(self) -> int:
+        """How many sheep must run for volumes to be read and written; Raft needs most of its voters besides."""
+        voters = 1 if len(self.sheep) < 3 or self.driver != "raft" else 3 if len(self.sheep) < 5 else 5
+        return max(self.needed, voters // 2 + 1)
 
     # ---- doing
 
