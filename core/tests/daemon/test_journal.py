@@ -5,6 +5,7 @@ import hashlib
 import os
 import random
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -366,6 +367,35 @@ def test_start_errors(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(ConfigError, match=r"cannot reserve .*No space left"):
         start_journal(config(tmp_path), store, block_size_shift=22)
+    assert not any(os.path.exists(path) for path in file_paths(str(tmp_path)))
+
+    calls = []
+
+    def full_later(fd, *rest):
+        calls.append(fd)
+        if len(calls) > 1:
+            full()
+
+    monkeypatch.setattr(os, "posix_fallocate", full_later)
+    with pytest.raises(ConfigError, match=r"cannot reserve .*file1.*No space left"):
+        start_journal(config(tmp_path), store, block_size_shift=22)
+    assert not any(os.path.exists(path) for path in file_paths(str(tmp_path))), "space that nobody gives back"
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_journal_of_a_running_sheep(tmp_path, skip):
+    """JRN-4: a second sheep that names the same directory is refused before it replays or empties anything."""
+    machine = Machine(tmp_path)
+    put(machine.store, KEY, b"a" * 1000, durable=True)
+    before = [Path(path).read_bytes() for path in file_paths(machine.directory)]
+    other = MemoryStore(OPTIONS, MemoryMedium())
+
+    with pytest.raises(ConfigError, match="is used by another sheep"):
+        start_journal(config(tmp_path, skip=skip), other, block_size_shift=22)
+
+    assert list(other.keys()) == []
+    assert [Path(path).read_bytes() for path in file_paths(machine.directory)] == before
+    machine.journal.finish()
 
 
 def test_readable_by_the_original(machine):

@@ -47,7 +47,13 @@ class Journal:
         """
         if not os.path.isdir(directory):
             raise ConfigError(f"the journal directory {directory} does not exist")
-        self._files = [JournalFile(path, size_bytes // 2) for path in file_paths(directory)]
+        self._files: list[JournalFile] = []
+        for path in file_paths(directory):
+            try:
+                self._files.append(JournalFile(path, size_bytes // 2))
+            except ConfigError:
+                self._remove_files()
+                raise
         self._active = 0
         self.failed = False
         self.entry_bytes_max = size_bytes // 2
@@ -459,13 +465,14 @@ def start_journal(config: SheepConfig, store: ObjectStore, *, block_size_shift: 
     not be lost because an option was left out.
 
     :param block_size_shift: the cluster's default, 0 where it is not known.
-    :raises ConfigError: the directory is missing or full, or what was left cannot be replayed.
+    :raises ConfigError: the directory is missing, full or another sheep's, or what was left cannot be replayed.
     """
     options = config.journal
     directory = config.base if options is None else options.directory or config.base
     if not os.path.isdir(directory):
         raise ConfigError(f"the journal directory {directory} does not exist")
     if left_journal(directory):
+        journal_files.refuse_if_used(directory)
         if options is not None and options.skip:
             logger.warning("the journal in %s is not replayed", directory)
         else:

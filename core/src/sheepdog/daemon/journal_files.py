@@ -8,6 +8,7 @@ allocated, so that an append needs no more than its own bytes to become durable.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import mmap
 import os
@@ -39,7 +40,7 @@ class JournalFile:
     def __init__(self, path: str, size_bytes: int) -> None:
         """The file exists with all its space, and is empty.
 
-        :raises ConfigError: the directory is missing, or there is no space.
+        :raises ConfigError: the directory is missing, there is no space, or another sheep uses the file.
         """
         self.path = path
         self.size_bytes = size_bytes
@@ -47,15 +48,23 @@ class JournalFile:
         self.last_number = 0  # of the last entry in it
         self.keys: set[ShardKey] = set()  # shards whose files are not flushed since an entry was written here
         try:
-            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_DSYNC, FILE_MODE)
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_DSYNC, FILE_MODE)
         except OSError as error:
             raise ConfigError(f"cannot open the journal file {path} ({error.strerror})") from error
         try:
+            _lock(self._fd, path)  # for as long as it is open
+        except ConfigError:
+            os.close(self._fd)
+            raise
+        try:
+            os.ftruncate(self._fd, 0)
             os.posix_fallocate(self._fd, 0, size_bytes)
             os.fsync(self._fd)
             _sync_directory(os.path.dirname(path))
         except OSError as error:
             os.close(self._fd)
+            with suppress(OSError):
+                os.unlink(path)  # the part of it that was reserved
             raise ConfigError(
                 f"cannot reserve {size_bytes} bytes for the journal file {path} ({error.strerror})"
             ) from error
@@ -99,6 +108,31 @@ class JournalFile:
         with suppress(FileNotFoundError):
             os.unlink(self.path)
         _sync_directory(os.path.dirname(self.path))
+
+
+def _lock(fd: int, path: str) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ConfigError(
+            f"the journal file {path} is used by another sheep; give each sheep a directory of its own"
+        ) from error
+
+
+def refuse_if_used(directory: str) -> None:
+    """No running sheep has its journal in this directory.
+
+    :raises ConfigError: one has.
+    """
+    for path in file_paths(directory):
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        except OSError:
+            continue  # there is none, or who opens it next tells what the matter is
+        try:
+            _lock(fd, path)
+        finally:
+            os.close(fd)
 
 
 def _sync_directory(path: str) -> None:
