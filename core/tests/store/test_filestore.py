@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import shutil
+import threading
 
 import pytest
 
@@ -422,6 +423,29 @@ def test_direct_io(make, tmp_path, monkeypatch):
     assert get(store, KEY, 8192, 0) == b"a" * 4096 + b"d" * 4096
 
 
+def test_no_direct_io(make, tmp_path, monkeypatch, caplog):
+    """A file system without direct I/O is named once, at the start, and the store works through the page cache."""
+    real = os.open
+
+    def refuse(path, how, *rest):
+        if how & os.O_DIRECT:
+            os.close(real(path, how & ~os.O_DIRECT, *rest))  # Linux makes the file and then refuses
+            raise OSError(errno.EINVAL, "")
+        return real(path, how, *rest)
+
+    make(tmp_path / "fine", direct_io=True)
+    assert "direct I/O" not in caplog.text
+    monkeypatch.setattr(os, "open", refuse)
+    store = make(tmp_path / "disk", direct_io=True)
+    assert caplog.text.count(f"direct I/O is not possible on {tmp_path / 'disk'}") == 1
+    for number in range(3):
+        put(store, KEYS[number], b"a" * 8192, durable=True)
+        store.write(KEYS[number], b"b" * 4096, offset_bytes=4096, durable=True)
+        assert get(store, KEYS[number], 8192) == b"a" * 4096 + b"b" * 4096
+    assert caplog.text.count("direct I/O") == 1
+    assert not [name for name in files(tmp_path) if name.endswith(".tmp")]
+
+
 # ---- durability
 
 
@@ -445,6 +469,37 @@ def test_sync_flushes_names_once(make, tmp_path, monkeypatch):
     put(store, OTHER, b"third")
     store.write(OTHER, b"T", offset_bytes=0, durable=True)
     assert len(flushed) == 3
+
+
+def test_flush_of_names_is_waited_for(make, tmp_path, monkeypatch):
+    """A sync whose name another thread's flush covers returns after that flush, not before."""
+    store = make(tmp_path)
+    put(store, KEY, b"data")
+    store.sync([KEY])
+    flushing, go_on = threading.Event(), threading.Event()
+    done = []
+    real = io.sync_directory
+
+    def slow(path):
+        flushing.set()
+        assert go_on.wait(10)
+        real(path)
+        done.append(path)
+
+    store.remove(KEY)
+    monkeypatch.setattr(io, "sync_directory", slow)
+    first = threading.Thread(target=store.sync, args=([KEY],))
+    first.start()
+    assert flushing.wait(10)
+    outcome = []
+    second = threading.Thread(target=lambda: (store.sync([KEY]), outcome.append(len(done))))
+    second.start()
+    second.join(0.2)  # what does not wait is through by then
+    go_on.set()
+    first.join()
+    second.join()
+
+    assert outcome[0] >= 1
 
 
 def test_durable_calls_flush(make, tmp_path, monkeypatch):

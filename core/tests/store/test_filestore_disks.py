@@ -1,5 +1,6 @@
 """Several disks of one file store: weights, moves, disks that fail, come and go."""
 
+import dataclasses
 import errno
 import logging
 import os
@@ -11,11 +12,13 @@ import pytest
 
 from sheepdog.builtin import filestore, filestore_disk
 from sheepdog.builtin import filestore_io as io
+from sheepdog.builtin.filestore import FileStore
 from sheepdog.contracts.store import REPLICA, ShardKey, StoreOptions
 from sheepdog.errors import ConfigError, ObjectNotFound, StoreDeviceError, StoreError
 from sheepdog.model.ids import data_oid, inode_oid
 from sheepdog.testing.store_tools import KEY, MiB, get, get_stale, put
 
+from .conftest import ByVid, Flat
 from .helpers import KEYS, age, files, place, run_in_child
 
 
@@ -384,3 +387,29 @@ def test_many_keys_stay_within_the_path_cache(make, tmp_path, monkeypatch):
 
     assert all(get(store, key) == b"data" for key in KEYS)
     assert len(store._paths) <= 8
+
+
+def test_objects_of_another_layout(tmp_path):
+    """ST-2: a disk with objects where this layout does not look is refused, with what to do, and not touched; a format
+    takes it and wipes it. Stale versions and files of others do not matter."""
+    layouts = Flat(), ByVid()
+    for mine, other in (layouts, layouts[::-1]):
+        path = tmp_path / type(mine).__name__
+        path.mkdir()
+        options = StoreOptions((str(path),))
+        store = FileStore(options, mine)
+        put(store, KEYS[0], b"kept")
+        put(store, KEYS[1], b"stale")
+        store.retire(KEYS[1], 3)
+        (path / "notes").mkdir()
+        (path / "notes" / "README").write_bytes(b"x")
+        before = sorted(path.rglob("*"))
+
+        with pytest.raises(ConfigError, match=r"in the places of another store(.|\n)*store-convert"):
+            FileStore(options, other)
+        assert sorted(path.rglob("*")) == before
+        assert get(FileStore(options, mine), KEYS[0]) == b"kept"
+
+        FileStore(dataclasses.replace(options, replacing=True), other).wipe()
+        FileStore(options, other)
+        FileStore(options, mine)

@@ -40,7 +40,16 @@ from sheepdog.api import (
 )
 from sheepdog.builtin import filestore_io as io
 from sheepdog.builtin.filestore_digest import digest_file
-from sheepdog.builtin.filestore_disk import STALE, TEMPORARY, Disk, Layout, Paths, file_name, parse_file_name
+from sheepdog.builtin.filestore_disk import (
+    STALE,
+    TEMPORARY,
+    Disk,
+    Layout,
+    Paths,
+    file_name,
+    left_by_another,
+    parse_file_name,
+)
 
 __all__ = ["FileStore", "Layout", "parse_file_name"]
 
@@ -61,7 +70,7 @@ class FileStore(ObjectStore):
 
     Construction takes every usable disk into use, removes what was never finished and logs the disks it had to drop.
 
-    :raises ConfigError: no disk is usable.
+    :raises ConfigError: no disk is usable, or one has objects in the places of another layout.
     """
 
     def __init__(self, options: StoreOptions, layout: Layout) -> None:
@@ -71,10 +80,16 @@ class FileStore(ObjectStore):
         self._punch = True
         self._serial = itertools.count(1)
         self._names = threading.RLock()
-        self._unsynced: set[str] = set()  # directories with names that may not survive power loss
+        # Directories with names that may not survive power loss -> number of the last such change.
+        self._unsynced: dict[str, int] = {}
+        self._noting = threading.Lock()
+        self._changes = itertools.count(1)
         disks: list[Disk] = []
-        for path in options.disks:
-            path = _without_slashes(path)
+        given = [_without_slashes(path) for path in options.disks]
+        if not options.replacing:
+            for path in given:
+                _refuse_another_layout(path, layout)
+        for path in given:
             if any(disk.path == path for disk in disks):
                 continue
             try:
@@ -86,12 +101,17 @@ class FileStore(ObjectStore):
         self._paths = self._use(disks)
         for disk in disks:
             # A former process may have died between a rename and its flush.
-            self._unsynced.update(os.path.join(disk.path, name) for name in (*layout.directories(), STALE))
+            self._unsynced.update((os.path.join(disk.path, name), 0) for name in (*layout.directories(), STALE))
+            self._say_whether_direct(disk)
         if len(disks) > 1:
             try:
                 self._drop_doubles()
             except (OSError, StoreError) as error:  # the first request that meets the failing disk reports it
                 logger.error("looking for doubles: %s", error)
+
+    def _say_whether_direct(self, disk: Disk) -> None:
+        if self._direct and not io.direct_supported(os.path.join(disk.path, f"direct{TEMPORARY}")):
+            logger.warning("direct I/O is not possible on %s: its file system does not offer it", disk.path)
 
     def _use(self, disks: Iterable[Disk]) -> Paths:
         ordered = tuple(sorted(disks, key=lambda disk: disk.path))
@@ -166,7 +186,7 @@ class FileStore(ObjectStore):
             if durable:
                 io.sync_directory(directory)
             else:
-                self._unsynced.add(directory)
+                self._note_names(directory)
         except OSError as error:
             raise disk.trouble(error, f"creating {os.path.basename(path)}") from error
 
@@ -278,7 +298,7 @@ class FileStore(ObjectStore):
                 except OSError as error:
                     raise disk.trouble(error, f"removing {file_name(key)}") from error
                 found = True
-                self._unsynced.add(os.path.dirname(path))
+                self._note_names(os.path.dirname(path))
         if not found:
             self._check_all(paths)
             raise self._missing(key)
@@ -333,7 +353,7 @@ class FileStore(ObjectStore):
                             disk.make_directories()  # the stale area was missing
                             os.rename(live, stale)
                         home = disk
-                        self._unsynced.update((os.path.dirname(live), os.path.dirname(stale)))
+                        self._note_names(os.path.dirname(live), os.path.dirname(stale))
                         # Renaming between two links of one file (revived, then retired again) does nothing at all.
                         _unlink_if_there(live)
                     else:
@@ -426,18 +446,28 @@ class FileStore(ObjectStore):
                 os.close(fd)
             if self._unsynced:
                 directories.add(os.path.dirname(path))
-        for directory in sorted(directories & self._unsynced):
+        for directory in sorted(directories):
             self._sync_names(directory)
 
+    def _note_names(self, *directories: str) -> None:
+        """Names in these directories changed and may not survive power loss."""
+        with self._noting:
+            self._unsynced.update(dict.fromkeys(directories, next(self._changes)))
+
     def _sync_names(self, directory: str) -> None:
-        """Names made in the directory so far survive power loss; costs nothing if none was made."""
-        if directory not in self._unsynced:
+        """Names made in the directory so far survive power loss; costs nothing if none was made.
+
+        The note stays until the flush is over: another thread whose name that flush covers must wait for it too.
+        """
+        change = self._unsynced.get(directory)
+        if change is None:
             return
-        self._unsynced.discard(directory)  # before the flush: a name made meanwhile must stay noted
         try:
             io.sync_directory(directory)
+            with self._noting:
+                if self._unsynced.get(directory) == change:
+                    del self._unsynced[directory]
         except OSError as error:
-            self._unsynced.add(directory)
             for disk in self._paths.disks:
                 if directory == disk.path or directory.startswith(disk.path + "/"):
                     raise disk.trouble(error, "flushing") from error
@@ -467,6 +497,7 @@ class FileStore(ObjectStore):
             if os.path.exists(f"{path}/config") and os.path.exists(f"{path}/epoch"):
                 raise StoreError(f"{path} is meta-store, abort")
             disk = Disk(path, self._layout, empty=True)
+            self._say_whether_direct(disk)
             self._paths = self._use((*self._paths.disks, disk))
 
     def remove_disk(self, path: str) -> None:
@@ -566,6 +597,16 @@ class FileStore(ObjectStore):
 
 def _without_slashes(path: str) -> str:
     return path.rstrip("/") or "/"
+
+
+def _refuse_another_layout(path: str, layout: Layout) -> None:
+    found = left_by_another(path, layout)
+    if found is not None:
+        raise ConfigError(
+            f"{path} has objects in the places of another store, for example {found}\n"
+            "start the sheep with the store that they were written by, or convert them: "
+            "dog upgrade store-convert PATH STORE"
+        )
 
 
 def _inside(one: str, other: str) -> bool:

@@ -266,6 +266,30 @@ class Disk:
                 os.unlink(entry.path)
 
 
+def left_by_another(path: str, layout: Layout) -> str | None:
+    """One object file on the disk that this layout would not find there, relative to the disk; None without any."""
+    known = frozenset(layout.directories())
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    if entry.name in known or entry.name.startswith("."):
+                        continue
+                    for name in os.listdir(entry.path):
+                        if _is_object(name):
+                            return f"{entry.name}/{name}"
+                elif "" not in known and _is_object(entry.name):
+                    return entry.name
+    except OSError as error:  # taking the disk into use will tell
+        logger.debug("looking at %s: %s", path, error)
+    return None
+
+
+def _is_object(name: str) -> bool:
+    found = parse_file_name(name)
+    return found is not None and found[1] is None
+
+
 class Paths(dict[ShardKey, str]):
     """Where each shard belongs under one set of disks; swapped as a whole when that changes. Remembers strings only."""
 

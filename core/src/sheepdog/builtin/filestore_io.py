@@ -12,7 +12,7 @@ import mmap
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 BLOCK_BYTES = 4096
 SECTOR_BYTES = 512  # unit of st_blocks, and what O_DIRECT needs of offset and length
@@ -228,6 +228,21 @@ _bounce = _Bounce()
 def direct_possible(offset: int, length: int) -> bool:
     """Offset and length are multiples of 512 and there is something to move."""
     return length > 0 and offset % SECTOR_BYTES == 0 and length % SECTOR_BYTES == 0
+
+
+def direct_supported(path: str) -> bool:
+    """The file system opens files for direct I/O; ``path`` is free for a file that is gone afterwards.
+
+    Where nothing can be made there the answer is yes: the first request will tell what the matter is.
+    """
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o600))
+    except OSError as error:
+        return error.errno != errno.EINVAL
+    finally:
+        with suppress(OSError):
+            os.unlink(path)  # some make the file before they refuse it
+    return True
 
 
 def write_direct(path: str, data: memoryview, offset: int, *, durable: bool) -> bool:

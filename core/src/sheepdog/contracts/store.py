@@ -44,10 +44,13 @@ class StoreOptions:
     """What ``sheep`` tells a store plugin.
 
     ``disks`` are absolute directories that exist; ``direct_io`` asks for O_DIRECT where offset and length allow.
+    ``replacing`` says that everything on the disks will be wiped: otherwise a store must refuse disks with objects that
+    another one left, which it would never find, by a ``ConfigError`` and before it changes anything.
     """
 
     disks: tuple[str, ...]
     direct_io: bool = False
+    replacing: bool = False
 
 
 class ObjectStore(ABC):

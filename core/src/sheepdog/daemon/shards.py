@@ -17,6 +17,7 @@ from sheepdog.contracts.services import Executor
 from sheepdog.contracts.store import Buffer, ObjectStore, ShardKey
 from sheepdog.daemon.outbox import Outbox
 from sheepdog.errors import SheepdogError, StoreDeviceError, StoreError
+from sheepdog.model.ids import is_data
 from sheepdog.wire.results import Result
 
 INLINE_BYTES_MAX = 64 * 1024
@@ -37,16 +38,19 @@ class Shards:
         outbox: Outbox,
         *,
         durable: bool,
+        direct: bool = False,
         device_failed: Callable[[StoreDeviceError], bool],
     ) -> None:
         """
         :param durable: answers to writes mean that the bytes survive power loss.
+        :param direct: the store writes past the page cache, so that no write to a data object may run inline.
         :param device_failed: told of each disk error; says whether the sheep still has a disk: a retry can help then.
         """
         self.store = store
         self._executor = executor
         self._outbox = outbox
         self.durable = durable
+        self._direct = direct
         self._device_failed = device_failed
         self._lanes: dict[ShardKey, deque[tuple[_Work, Done]]] = {}
         self._commit: dict[ShardKey, list[Done]] = {}
@@ -110,7 +114,11 @@ class Shards:
         if self.gate is not None and self._gated(key, done):
             return
         store = self.store
-        if len(data) <= INLINE_BYTES_MAX and key not in self._lanes:
+        small = len(data) <= INLINE_BYTES_MAX
+        if small and self._direct and is_data(key.oid):
+            self._write_direct(key, offset, data, done)
+            return
+        if small and key not in self._lanes:
             try:
                 store.write(key, data, offset_bytes=offset, durable=False)
             except SheepdogError as error:
@@ -130,6 +138,18 @@ class Shards:
             store.write(key, data, offset_bytes=offset, durable=durable)
 
         self._change(key, work, done)
+
+    def _write_direct(self, key: ShardKey, offset: int, data: Buffer, done: Done) -> None:
+        """A small write that may wait for the disk, and shares its flush with others."""
+        store = self.store
+
+        def written(result: int, value: Any) -> None:  # Any: nothing
+            if result or not self.durable:
+                done(result, value)
+            else:
+                self._add_to_commit(key, done)
+
+        self._change(key, lambda: store.write(key, data, offset_bytes=offset, durable=False), written)
 
     def create(self, key: ShardKey, offset: int, data: Buffer, size: int, sparse: bool, done: Done) -> None:
         """The shard exists with ``size`` bytes, zeros but for ``data``."""

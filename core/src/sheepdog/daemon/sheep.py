@@ -119,6 +119,7 @@ class Sheep:
             shards = Shards(
                 parts.store, services.executor, self.outbox,
                 durable=not config.nosync or config.journal is not None,
+                direct=config.directio,
                 device_failed=self.backend.device_failed,
             )  # fmt: skip
         self.backend.shards = shards
@@ -337,14 +338,14 @@ async def _run_sheep(
 
     journal: Journal | None = None
 
-    def make_store(name: str) -> ObjectStore:
-        made = plugins.make_object_store(name, StoreOptions(disks, direct_io=config.directio))
+    def make_store(name: str, *, replacing: bool = True) -> ObjectStore:
+        made = plugins.make_object_store(name, StoreOptions(disks, direct_io=config.directio, replacing=replacing))
         return made if journal is None else JournaledStore(made, journal)
 
     space = 0
     if not config.gateway:
         disks = usable_disks(config.disks, config.base)
-        store = make_store(store_name)
+        store = make_store(store_name, replacing=disk_config is None or not disk_config.ctime)
         journal = start_journal(
             config, store, block_size_shift=disk_config.block_size_shift if disk_config is not None else 0
         )
