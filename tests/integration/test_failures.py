@@ -80,8 +80,8 @@ class Writer:
 
 
 def check_everything(cluster: SheepCluster, contents: dict[str, bytes]) -> None:
-    """INV-1, INV-2, INV-4: every node reads the same, every copy or strip is where the ring says and nowhere else, and dog
-    finds nothing to repair."""
+    """INV-1, INV-2, INV-4: every node reads the same, every copy or strip is where the ring says and nowhere else, and
+    dog finds nothing to repair."""
     for name, content in contents.items():
         for sheep in cluster.live:
             assert read_all(cluster, name, node=sheep.index) == content, f"{name} through sheep {sheep.index}"
@@ -274,6 +274,5 @@ def test_gateways_hold_nothing(fresh_cluster: Callable[..., SheepCluster]) -> No
         line.split()[1]: line.split()[2] for line in cluster.dog("node", "list", "-r").stdout.decode().splitlines()
     }
     assert vnodes[cluster.address(2)] == "0"
-    wait_stored(
-        cluster, dict.fromkeys(referenced(live_inodes(cluster)), cluster.shards), only({oid >> 32 for oid in stored(cluster)})
-    )
+    wanted = dict.fromkeys(referenced(live_inodes(cluster)), cluster.shards)
+    wait_stored(cluster, wanted, only({oid >> 32 for oid in stored(cluster)}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from recovery_scenes import (
@@ -260,15 +261,11 @@ def test_object_only_set_aside(fresh_cluster: Start) -> None:
     for index in (0, 1):
         cluster.kill(index)
     places = [path for index in (0, 1) for (oid, _), path in shards(cluster, index).items() if is_data(oid)]
-    base = [cluster.sheep[index].directory / "obj" / ".stale" for index in (0, 1)]
-    own = [path for path in places if "sheep0" in path]
-    assert own
-    for path in own:
+    stale_area = cluster.sheep[0].directory / "obj" / ".stale"
+    assert any("sheep0" in path for path in places) and any("sheep1" in path for path in places)
+    for path in places:
         name = path.rsplit("/", 1)[1]
-        cluster.sheep[0].directory.joinpath("obj", name).rename(base[0] / f"{name}.1")
-    for path in (path for path in places if "sheep1" in path):
-        name = path.rsplit("/", 1)[1]
-        cluster.sheep[1].directory.joinpath("obj", name).rename(base[0] / f"{name}.1")
+        Path(path).rename(stale_area / f"{name}.1")
     for index in (0, 1):
         cluster.restart(index, wait=False)
     cluster.wait_recovered()

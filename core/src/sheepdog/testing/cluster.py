@@ -190,8 +190,8 @@ class SheepCluster:
     :param zones: zone of each sheep; 0, 1, 2 ... by default.
     :param driver: ``local``, ``raft``, ``zk``, ``etcd``, or a whole ``sheep -c`` argument containing a colon.
     :param store: store layout that ``format`` asks for.
-    :param redundancy: what ``format`` asks for with ``-c``: ``3``, ``2:1``, or ``copies`` and ``ec`` for what fits; ``ec``
-        takes copies where there are fewer than three zones.
+    :param redundancy: what ``format`` asks for with ``-c``: ``3``, ``2:1``, or ``copies`` and ``ec`` for what fits;
+        ``ec`` means copies where there are fewer than three zones.
     :param copies: how many ``copies`` means, at most one for each zone.
     :param nbd: each sheep serves NBD too.
     :param sync: writes are synchronous; tests rarely need that.
