@@ -17,7 +17,7 @@ from sheepdog.client.volume import Volume
 from sheepdog.daemon.storedir import StoreDirectory
 from sheepdog.model.ids import data_oid, inode_oid
 from sheepdog.model.node import NodeId
-from sheepdog.testing.cluster import SheepCluster, run_python, wait_until
+from sheepdog.testing.cluster import SheepCluster, reserve_port, run_python, wait_until
 from sheepdog.testing.vectors import store_facts, unpack_store
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
@@ -31,6 +31,18 @@ def one(fresh_cluster, request):
     cluster = fresh_cluster(1, options=getattr(request, "param", JOURNAL), sync=True)
     cluster.format()
     return cluster
+
+
+@pytest.fixture
+def small_device(tmp_path):
+    """A file system with room for the smallest journal."""
+    place = tmp_path / "device"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(place)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def journal_files(directory: Path) -> list[Path]:
@@ -135,6 +147,43 @@ def test_directory(fresh_cluster, tmp_path):
     assert missing.returncode == 1 and b"none does not exist" in missing.stderr + missing.stdout
     assert b"Traceback" not in missing.stderr + missing.stdout
     assert small.returncode == 1 and b"must be bigger than 64(M)" in small.stderr
+
+
+def test_full_device(tmp_path, small_device):
+    """JRN-4: a device without room for the journal fails the start in one line, before the store has anything, and what
+    was reserved on it is given back; a second sheep on the directory of a running one is refused as well."""
+
+    def start(name: str, options: str) -> subprocess.Popen[bytes]:
+        arguments = ["-f", "-l", "dst=stdout", "-c", f"local:{tmp_path / name}.cluster", "-b", "127.0.0.1"]
+        arguments += ["-p", str(ports[name].getsockname()[1]), "-y", "127.0.0.1", "-j", options, str(tmp_path / name)]
+        return subprocess.Popen(
+            run_python("sheepdog_cli.sheep", *arguments),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    ports = {name: reserve_port() for name in ("one", "two")}
+    full = start("one", f"size=256M,dir={small_device}")
+    said, _ = full.communicate(timeout=60)
+    assert full.returncode == 1
+    assert b"No space left on device" in said and b"Traceback" not in said
+    assert list(small_device.iterdir()) == []
+    assert not (tmp_path / "one" / "config").exists() and not any((tmp_path / "one" / "epoch").iterdir())
+
+    first = start("one", f"size=64M,dir={small_device}")
+    try:
+        wait_until(lambda: len(journal_files(small_device)) == 2, "the journal of the first sheep")
+        wait_until(lambda: all(path.stat().st_size == 32 * MiB for path in journal_files(small_device)), "its size")
+        second = start("two", f"size=64M,dir={small_device}")
+        said, _ = second.communicate(timeout=60)
+        assert second.returncode == 1
+        assert b"is used by another sheep" in said and b"Traceback" not in said
+        assert len(journal_files(small_device)) == 2
+    finally:
+        first.terminate()
+        first.communicate(timeout=60)
+        for port in ports.values():
+            port.close()
+    assert journal_files(small_device) == []
 
 
 def test_torn_record(one):
