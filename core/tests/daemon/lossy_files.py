@@ -1,0 +1,170 @@
+"""Files that remember what was flushed: what a power loss would leave of a directory, at any moment.
+
+While ``LossyFiles`` is installed, the calls of ``os`` that the file store and the journal make are noted for everything
+below one directory. Two things survive a power loss: the bytes of a file that ``fsync``, ``fdatasync`` or a write with
+``O_DSYNC`` put there, and the names of a directory that was flushed. ``image`` copies the directory as it might be found
+afterwards: each name as it was flushed or as it is now, each 512 bytes of a file likewise, by chance; of a file that was
+never flushed nothing is sure, not even its length.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+SECTOR = 512
+CALLS = ("open", "close", "pwrite", "pwritev", "rename", "unlink", "link", "fsync", "fdatasync")
+
+
+class Content:
+    """One file, by whatever names."""
+
+    def __init__(self):
+        self.safe = None  # the bytes that were flushed; None: it never was
+
+
+class LossyFiles:
+    """Notes what happens below ``base``, where everything must be made while it is installed."""
+
+    def __init__(self, base, monkeypatch, limit):
+        """:param limit: bytes at the beginning of an object file that matter; journals matter as a whole."""
+        self.base = str(base)
+        self._limit = limit
+        self._lock = threading.RLock()
+        self._open = {}  # descriptor -> (path, flags, content or None for a directory)
+        self._now = {}  # path -> content
+        self._safe = {}  # directory -> {name: content} that was flushed
+        self._real = {name: getattr(os, name) for name in CALLS}
+        for name in CALLS:
+            monkeypatch.setattr(os, name, getattr(self, f"on_{name}"))
+
+    # ---- the calls
+
+    def on_open(self, path, flags, *rest, **more):
+        if not isinstance(path, str) or not path.startswith(self.base):
+            return self._real["open"](path, flags, *rest, **more)
+        with self._lock:
+            new = not os.path.lexists(path)
+            fd = self._real["open"](path, flags, *rest, **more)
+            if os.path.isdir(path):
+                self._open[fd] = (path, flags, None)
+            else:
+                if new:
+                    self._now[path] = Content()
+                self._open[fd] = (path, flags, self._now[path])
+            return fd
+
+    def on_close(self, fd):
+        with self._lock:
+            self._open.pop(fd, None)
+            self._real["close"](fd)
+
+    def on_pwrite(self, fd, data, offset):
+        with self._lock:
+            written = self._real["pwrite"](fd, data, offset)
+            self._stable(fd, bytes(memoryview(data)[:written]), offset)
+            return written
+
+    def on_pwritev(self, fd, buffers, offset, *flags):
+        with self._lock:
+            written = self._real["pwritev"](fd, buffers, offset, *flags)
+            self._stable(fd, b"".join(buffers)[:written], offset)
+            return written
+
+    def _stable(self, fd, data, offset):
+        path, flags, content = self._open.get(fd, ("", 0, None))
+        if content is None or not flags & os.O_DSYNC:
+            return
+        if content.safe is None:
+            content.safe = bytearray()
+        limit = self._length(path)
+        if offset < limit:
+            data = data[: limit - offset]
+            content.safe.extend(bytes(max(0, offset + len(data) - len(content.safe))))
+            content.safe[offset : offset + len(data)] = data
+
+    def on_fsync(self, fd):
+        self._flush(fd, self._real["fsync"])
+
+    def on_fdatasync(self, fd):
+        self._flush(fd, self._real["fdatasync"])
+
+    def _flush(self, fd, real):
+        with self._lock:
+            path, _, content = self._open.get(fd, ("", 0, None))
+            if not path:
+                seen = None
+            elif content is None:
+                seen = self._names(path)
+            else:
+                seen = self._read(f"/proc/self/fd/{fd}", self._length(path))
+        # Not really: this machine keeps its power, and what counts as flushed is what was there at the call.
+        with self._lock:
+            if path and content is None:
+                self._safe[path] = seen
+            elif path:
+                content.safe = bytearray(seen)
+            else:
+                real(fd)
+
+    def on_rename(self, source, target):
+        with self._lock:
+            self._real["rename"](source, target)
+            if source in self._now:
+                self._now[target] = self._now.pop(source)
+
+    def on_unlink(self, path, *rest, **more):
+        with self._lock:
+            self._real["unlink"](path, *rest, **more)
+            self._now.pop(path, None)
+
+    def on_link(self, source, target):
+        with self._lock:
+            self._real["link"](source, target)
+            if source in self._now:
+                self._now[target] = self._now[source]
+
+    # ---- the loss
+
+    def _length(self, path):
+        return 1 << 30 if "/journal_file" in path else self._limit
+
+    def _names(self, directory):
+        paths = {name: f"{directory}/{name}" for name in os.listdir(directory)}
+        return {name: self._now[path] for name, path in paths.items() if path in self._now}
+
+    def _read(self, path, length):
+        with open(path, "rb") as file:
+            return file.read(length)
+
+    def image(self, target, dice):
+        """``target`` is a new directory with what a power loss at this moment leaves."""
+        with self._lock:
+            for directory, _, _ in os.walk(self.base):
+                into = Path(str(target) + directory[len(self.base) :])
+                into.mkdir(parents=True)
+                safe = self._safe.get(directory, {})
+                now = self._names(directory)
+                for name in sorted(safe.keys() | now.keys()):
+                    content = safe.get(name)
+                    if content is not now.get(name) and dice.random() < 0.5:
+                        content = now.get(name)
+                    if content is not None:
+                        here = f"{directory}/{name}" if content is now.get(name) else None
+                        (into / name).write_bytes(self._left(content, here, dice))
+
+    def _left(self, content, path, dice):
+        if path is None:
+            path = next((path for path, other in self._now.items() if other is content), None)
+        safe = content.safe
+        now = None if path is None else self._read(path, self._length(path))
+        if safe is None:
+            now = now or b""
+            safe = bytes(len(now)) if dice.random() < 0.7 else b""
+        if now is None or safe == now:
+            return bytes(safe)
+        left = bytearray(dice.choice((safe, now)))
+        for at in range(0, min(len(safe), len(now)), SECTOR):
+            left[at : at + SECTOR] = dice.choice((safe, now))[at : at + SECTOR]
+        return bytes(left)
