@@ -127,6 +127,7 @@ def test_written_here_read_everywhere(cluster: SheepCluster) -> None:
     check_everything(cluster, {"every": bytes(content)})
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("victim", [0, 1, 2])
 def test_kill_while_writing(cluster: SheepCluster, victim: int) -> None:
     """MEM-1, MEM-24, REC-1: each sheep in turn, the first one too, is killed while one client writes through it and one
@@ -191,6 +192,7 @@ def test_old_copies_do_not_win(cluster: SheepCluster) -> None:
         check_everything(cluster, {"old": content})
 
 
+@pytest.mark.covering
 def test_everybody_crashes(fresh_cluster: Callable[..., SheepCluster]) -> None:
     """MEM-15, MEM-13: all sheep are killed at once and come back one after the other: until the last is back the
     cluster waits, then it runs in the epoch it had, with all that was acknowledged."""

@@ -119,6 +119,7 @@ def test_a_partial_vdi(cluster: SheepCluster) -> None:
         assert kinds(cluster)["data"] == (3 if states else 0)
 
 
+@pytest.mark.covering
 def test_clones(cluster: SheepCluster) -> None:
     """GC-4: a snapshot with two clones, each overwriting the same two of four objects; source, snapshot and clones are
     deleted one after the other, the others stay readable, nothing is left."""

@@ -18,12 +18,21 @@ from recovery_scenes import (
     wait_status,
     wipe,
 )
+from scenes import most_may_die
 
 from sheepdog.testing.cluster import SheepCluster
 
 pytestmark = [pytest.mark.processes, pytest.mark.matrix, pytest.mark.timeout(150)]
 
 Start = Callable[..., SheepCluster]
+
+
+@pytest.fixture
+def fresh_cluster(fresh_cluster: Start) -> Start:
+    """In these scenes most sheep die."""
+    return most_may_die(fresh_cluster)
+
+
 WAITING = "Waiting for other nodes to join cluster"
 
 
@@ -121,6 +130,7 @@ def test_simultaneous_joins(fresh_cluster: Start) -> None:
 def test_foreign_stores(start_cluster: Start, tmp_path) -> None:
     """A store of another cluster is refused by a running and by a waiting cluster, however new its epochs are
     (MEM-9, MEM-10, MEM-11)."""
+    start_cluster = most_may_die(start_cluster)
     foreign = start_cluster(2, redundancy="1")
     foreign.format()
     for _ in range(2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from recovery_scenes import (
     stale,
     status,
 )
-from scenes import Background, LiveClient, pattern, read_all, write
+from scenes import Background, LiveClient, most_may_die, pattern, read_all, write
 
 from sheepdog.client import admin
 from sheepdog.model.ids import is_data
@@ -37,17 +38,29 @@ def cluster(start_cluster: Start) -> SheepCluster:
     return cluster
 
 
+@pytest.fixture(scope="module")
+def expendable(request: pytest.FixtureRequest, start_cluster: Start) -> SheepCluster:
+    """The same, for scenes in which most sheep die."""
+    if os.environ.get("SHEEPDOG_TEST_CLUSTER") != "raft":
+        shared: SheepCluster = request.getfixturevalue("cluster")
+        return shared
+    cluster = most_may_die(start_cluster)(4, copies=2)
+    cluster.format()
+    return cluster
+
+
 @pytest.fixture(autouse=True)
 def all_back(request: pytest.FixtureRequest) -> None:
     """Every test begins with all sheep of the shared cluster running."""
-    if "cluster" in request.fixturenames:
-        cluster: SheepCluster = request.getfixturevalue("cluster")
+    for name in {"cluster", "expendable"} & {*request.fixturenames}:
+        cluster: SheepCluster = request.getfixturevalue(name)
         for sheep in cluster.sheep:
             if not sheep.running:
                 cluster.restart(sheep.index, wait=False)
         cluster.wait_recovered()
 
 
+@pytest.mark.covering
 def test_leave_write_return(cluster: SheepCluster) -> None:
     """A node that missed writes has them after its return; a snapshot's objects and ledgers move as well (REC-1, REC-7,
     REC-14, REC-21)."""
@@ -127,9 +140,10 @@ def test_on_demand_only(cluster: SheepCluster) -> None:
     in_place(cluster, 2)
 
 
-def test_total_turnover(cluster: SheepCluster) -> None:
+def test_total_turnover(expendable: SheepCluster) -> None:
     """Data moves to nodes that take over one by one; when the first ones come back with their old copies, the new
     content stays (REC-8, REC-9)."""
+    cluster = expendable
     fill(cluster, "rec8", 8, size=12 * MiB, node=2)
     for gone in (0, 1):
         cluster.kill(gone)
@@ -152,9 +166,10 @@ def test_total_turnover(cluster: SheepCluster) -> None:
     same_everywhere(cluster, {"rec8": new})
 
 
-def test_collapse(cluster: SheepCluster) -> None:
+def test_collapse(expendable: SheepCluster) -> None:
     """Half of the nodes die at once and the others one after the other, faster than recovery; with all back nothing is
     lost, though it may have been in a stale directory of an older epoch (REC-10, REC-11, REC-13, REC-15)."""
+    cluster = expendable
     contents = {"col": fill(cluster, "col", 10, size=12 * MiB)}
     cluster.dog("vdi", "create", "-c", "1", "single", "16M")
     contents["single"] = pattern(11, 16 * MiB)

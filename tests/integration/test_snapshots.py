@@ -55,6 +55,7 @@ def test_each_snapshot_keeps_its_pattern(cluster: SheepCluster) -> None:
     assert cluster.dog("vdi", "read", "-s", "5", "seven", "0", "4096").stdout == pattern(5, 4096)
 
 
+@pytest.mark.covering
 def test_copy_on_write_is_per_object(cluster: SheepCluster) -> None:
     """SNAP-2: after a snapshot the first write to an object copies that one; Used and Shared change accordingly."""
     cluster.dog("vdi", "create", "-P", "cow", "4M")

@@ -46,6 +46,7 @@ def cluster(start_cluster: Callable[..., SheepCluster]) -> SheepCluster:
     return cluster
 
 
+@pytest.mark.covering
 def test_life_of_a_volume(cluster: SheepCluster) -> None:
     """VDI-1: create, list, grow, delete; the same name twice and shrinking are refused."""
     cluster.dog("vdi", "create", "life", "3M")
@@ -101,6 +102,7 @@ def test_names(cluster: SheepCluster) -> None:
         assert read(cluster, name, 0, len(name.encode()), node=1) == name.encode()
 
 
+@pytest.mark.covering
 def test_thin_and_preallocated(cluster: SheepCluster) -> None:
     """VDI-2: creation stores the inode alone; each first write to an object adds one object with all copies; -P creates
     all of them."""
@@ -119,6 +121,7 @@ def test_thin_and_preallocated(cluster: SheepCluster) -> None:
     wait_stored(cluster, {data_oid(vid, index): cluster.shards for index in range(8)}, only([vid]))
 
 
+@pytest.mark.covering
 def test_unaligned_writes(cluster: SheepCluster) -> None:
     """VDI-3: 1 to 1024 bytes at odd offsets, over sector and object borders and over each other, up to the last byte of
     a size that no sector divides, read back exactly through every node."""
@@ -180,6 +183,7 @@ def test_runs_of_zeros(cluster: SheepCluster) -> None:
         assert read_all(cluster, "zeros", node=node) == content
 
 
+@pytest.mark.covering
 def test_discard(cluster: SheepCluster) -> None:
     """VDI-6: a discard of everything frees all objects, reads give zeros, check is clean and writing works again."""
     cluster.dog("vdi", "create", "-P", "gone", "4M")
@@ -223,6 +227,7 @@ def test_copies_per_volume(cluster: SheepCluster) -> None:
         assert read_all(cluster, name, node=1) == pattern(copies, 2 * MiB)
 
 
+@pytest.mark.covering
 def test_attributes(cluster: SheepCluster) -> None:
     """VDI-8: set, get, overwrite, delete, get after that; empty, 64 KB and from stdin; the same before and after
     snapshot and rollback."""

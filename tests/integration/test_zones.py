@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 from recovery_scenes import MiB, exited, fill, in_place, nodes, same_everywhere, shards
-from scenes import read_all, write
+from scenes import most_may_die, read_all, write
 
 from sheepdog.model.ids import is_data
 from sheepdog.testing.cluster import SheepCluster
@@ -15,6 +15,12 @@ from sheepdog.testing.cluster import SheepCluster
 pytestmark = [pytest.mark.processes, pytest.mark.matrix, pytest.mark.timeout(120)]
 
 Start = Callable[..., SheepCluster]
+
+
+@pytest.fixture
+def fresh_cluster(fresh_cluster: Start) -> Start:
+    """In these scenes most sheep die."""
+    return most_may_die(fresh_cluster)
 
 
 def test_gateways(fresh_cluster: Start) -> None:

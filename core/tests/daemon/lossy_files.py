@@ -2,9 +2,9 @@
 
 While ``LossyFiles`` is installed, the calls of ``os`` that the file store and the journal make are noted for everything
 below one directory. Two things survive a power loss: the bytes of a file that ``fsync``, ``fdatasync`` or a write with
-``O_DSYNC`` put there, and the names of a directory that was flushed. ``image`` copies the directory as it might be found
-afterwards: each name as it was flushed or as it is now, each 512 bytes of a file likewise, by chance; of a file that was
-never flushed nothing is sure, not even its length.
+``O_DSYNC`` put there, and the names of a directory that was flushed. ``image`` copies the directory as it might be
+found afterwards: each name as it was flushed or as it is now, each 512 bytes of a file likewise, by chance; of a file
+that was never flushed nothing is sure, not even its length.
 """
 
 from __future__ import annotations

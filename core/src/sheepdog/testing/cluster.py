@@ -13,6 +13,7 @@ Cluster driver, store and redundancy are taken from SHEEPDOG_TEST_CLUSTER (local
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -31,6 +32,8 @@ from typing import IO
 from sheepdog.client import admin
 from sheepdog.client.connection import Connection, open_socket
 from sheepdog.errors import SheepdogError
+
+logger = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
 START_S = 30.0  # a loaded two-core machine needs seconds for a dozen interpreters
@@ -173,6 +176,16 @@ class Sheep:
         if self._log is not None:
             self._log.close()
             self._log = None
+
+    def log_bytes(self) -> int:
+        """How much it has logged."""
+        return self.log_path.stat().st_size if self.log_path.exists() else 0
+
+    def log_since(self, position: int) -> bytes:
+        """What it logged after ``log_bytes`` gave ``position``."""
+        with self.log_path.open("rb") as log:
+            log.seek(position)
+            return log.read()
 
     def log_tail(self, size: int = LOG_TAIL_BYTES) -> str:
         """The end of what it logged."""
@@ -390,9 +403,26 @@ class SheepCluster:
         sheep = self.sheep[index]
         if sheep.running:
             sheep.end(signal.SIGTERM)
-        self._start(sheep)
+        deadline = time.monotonic() + START_S
+        while self._refused_for_its_former_session(sheep, deadline):
+            logger.debug("sheep %d came back before its former session had ended", sheep.index)
         if wait:
             self.wait_members()
+
+    def _refused_for_its_former_session(self, sheep: Sheep, deadline: float) -> bool:
+        """Starts the sheep; True when ZooKeeper's driver did not let it in because its former session still lives.
+
+        The sheep ends with an error then, as the original does, and is for its service manager to start again.
+        """
+        before = sheep.log_bytes()
+        self._start(sheep)
+        if self.driver not in ("zk", "zookeeper"):
+            return False
+        while sheep.running and time.monotonic() < deadline:
+            if any(words in sheep.log_since(before) for words in (b"joined: epoch=", b"is the first member")):
+                return False
+            time.sleep(POLL_S)
+        return time.monotonic() < deadline and b"Previous zookeeper session exist" in sheep.log_since(before)
 
     # ---- looking and waiting
 
