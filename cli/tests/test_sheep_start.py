@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from sheepdog.daemon.config import LogConfig, SheepConfig
+from sheepdog.errors import ConfigError
 from sheepdog_cli import sheep_log, sheep_start
 
 
@@ -54,17 +55,23 @@ def test_missing_parent_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert caplog.messages == [f"cannot create the directory {tmp_path}/a/b (No such file or directory)"]
 
 
-def test_pid_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """It holds the decimal process id, mode 0600; a failure is logged."""
+def test_pid_file(tmp_path: Path) -> None:
+    """It holds the decimal process id, mode 0600, and is removed again; one that was not ours stays."""
     path = tmp_path / "pid"
-    handle = sheep_start.write_pid_file(str(path))
+    path.write_text("somebody else's\n")
+    sheep_start.PidFile(str(path)).remove()
+    assert path.exists()
+    pid_file = sheep_start.PidFile(str(path))
+    pid_file.write()
 
     assert path.read_text() == f"{os.getpid()}\n"
+    pid_file.remove()
+    assert not path.exists()
+    pid_file.write()
     assert path.stat().st_mode & 0o777 == 0o600
-    os.close(handle)
-    with pytest.raises(sheep_start.StartError):
-        sheep_start.write_pid_file(f"{tmp_path}/none/pid")
-    assert caplog.messages == [f"failed to pid file '{tmp_path}/none/pid' - No such file or directory"]
+    pid_file.remove()
+    with pytest.raises(ConfigError, match=f"failed to pid file '{tmp_path}/none/pid' - No such file or directory"):
+        sheep_start.PidFile(f"{tmp_path}/none/pid").write()
 
 
 def test_second_sheep_is_refused(tmp_path: Path) -> None:

@@ -34,22 +34,22 @@ RECORDED_HOST = "127.0.0.1"
 RECORDED_PORT = 7900  # node i listened on 7900 + i
 RECORDED_PATHS = b"/srv/"
 ANSWER_TIMEOUT_S = 30.0
+RESTORED = frozenset({0x491497})  # the working volume that the sessions "dog-vdi-restore-*" made
 
 # The only fields that are not compared, and why. Everything else of every frame of every session is.
 EXCLUDED: Mapping[str, str] = {
-    "inode 512..528, attribute 512..520": "times of creation and snapshot; only zero or not zero is compared",
+    "inode 512..528, attribute 512..520": "times; only whether they are zero, and well-formed, is compared",
     "STAT_CLUSTER entry 8..16": "time of the epoch; only zero or not zero is compared",
-    "node 0..24, 66..68; STAT_CLUSTER entry 27..30, 41..48": "padding, which the original leaves undefined",
+    "node 0..24 outside of epochs": "addresses of the original's memory",
+    "STAT_CLUSTER entry behind the last node": "what the original's buffer held before",
     "node 72..80, STAT_SHEEP sizes, MD_INFO free and used": "sizes of the file system of the machine",
     "node 64..66 in an old epoch whose nodes differed in size": "virtual nodes follow those sizes",
-    "vdi_state from byte 20 of an entry that is not locked": "what an earlier lock left behind",
     "GET_HASH of an inode": "covers its times; holders that were equal must be equal",
     "STAT peer counters": "a change goes to one primary here and to every holder there",
     "STAT gateway counters": "the original counts its own inode I/O too; only zero or not zero is compared",
-    "vdi_state 12..16": "after a restore: the original names the retired working volume, not the inode's parent; "
-    "only zero or not zero is compared",
+    "vdi_state 12..16 of RESTORED": "the original names the retired working volume, not the inode's parent",
     "epoch of the answer to REWEIGHT": "the new epochs begin while it is answered",
-    "header variant of an answer without fields of its own, and of a refusal": "undefined",
+    "fields in the refusal of NEW_VDI": "undefined",
 }
 
 
@@ -146,9 +146,18 @@ def _blank(buffer: bytearray, *ranges: tuple[int, int]) -> None:
         buffer[start:end] = bytes(end - start)
 
 
-def _node(world: World, raw: bytes, vnodes: bool) -> bytes:
+def _time(buffer: bytearray, start: int) -> None:
+    """Of a time in the form of inodes only that it is one is left: microseconds beside seconds, or zero."""
+    seconds, fraction = buffer[start + 4 : start + 8], int.from_bytes(buffer[start : start + 4], "little")
+    formed = fraction < 1_000_000_000 and fraction % 1000 == 0 and (any(seconds) or not fraction)
+    buffer[start : start + 8] = (b"time" if any(seconds) else b"none") + (b"good" if formed else b"bad ")
+
+
+def _node(world: World, raw: bytes, *, vnodes: bool, live: bool) -> bytes:
     record = bytearray(raw)
-    _blank(record, (0, 24), (66, 68), (72, 80))
+    _blank(record, (72, 80))
+    if live:
+        _blank(record, (0, 24))
     if not vnodes:
         _blank(record, (64, 66))
     _node_id(world, record, 24)
@@ -159,12 +168,14 @@ def _node_id(world: World, record: bytearray, at: int) -> None:
     port = int.from_bytes(record[at + 16 : at + 18], "little")
     if port:
         record[at + 16 : at + 18] = world.index(port).to_bytes(2, "little")
-    _blank(record, (at + 36, at + 40))
 
 
-def _nodes(world: World, raw: bytes, vnodes: bool = True) -> bytes:
+def _nodes(world: World, raw: bytes, *, vnodes: bool = True, live: bool = True) -> bytes:
+    """:param live: taken from the memory of the sheep, not from an epoch file."""
     assert len(raw) % NODE_BYTES == 0, f"{len(raw)} bytes are no whole number of nodes"
-    return b"".join(_node(world, raw[at : at + NODE_BYTES], vnodes) for at in range(0, len(raw), NODE_BYTES))
+    return b"".join(
+        _node(world, raw[at : at + NODE_BYTES], vnodes=vnodes, live=live) for at in range(0, len(raw), NODE_BYTES)
+    )
 
 
 def _epoch_log(world: World, raw: bytes, slots: int) -> bytes:
@@ -174,35 +185,28 @@ def _epoch_log(world: World, raw: bytes, slots: int) -> bytes:
         head = bytearray(raw[at : at + EPOCH_LOG_HEAD_BYTES])
         if len(head) >= 16:
             _nonzero(head, 8, 16)
-        _blank(head, (27, 30), (41, 48))
         count = int.from_bytes(head[20:24], "little") if slots else 0
         # The slots behind the last node keep what the original's buffer held before.
         nodes = raw[at + EPOCH_LOG_HEAD_BYTES : at + stride][: count * NODE_BYTES]
         spaces = [node.space for node in unpack_nodes(nodes)]
         same = not spaces or max(spaces) < min(spaces) * 1.01
-        parts += [bytes(head), _nodes(world, nodes, vnodes=same)]
+        parts += [bytes(head), _nodes(world, nodes, vnodes=same, live=False)]
     return b"".join(parts)
 
 
 def _cluster_info(world: World, raw: bytes) -> bytes:
-    head = bytearray(raw[:48])
-    _blank(head, (22, 25), (41, 48))
-    count = int.from_bytes(head[2:4], "little")
-    nodes = _nodes(world, raw[48 : 48 + count * NODE_BYTES])
-    return bytes(head) + nodes + len(raw).to_bytes(4, "little")
+    count = int.from_bytes(raw[2:4], "little")
+    end = 48 + count * NODE_BYTES
+    return raw[:48] + _nodes(world, raw[48:end]) + raw[end:]
 
 
 def _vdi_states(world: World, raw: bytes) -> bytes:
     parts = []
     for at in range(0, len(raw), VDI_STATE_BYTES):
         entry = bytearray(raw[at : at + VDI_STATE_BYTES])
-        _blank(entry, (9, 12))
-        _nonzero(entry, 12, 16)
-        state = int.from_bytes(entry[16:20], "little")
-        if state == 1:
-            _blank(entry, (20, VDI_STATE_BYTES))
-        else:
-            _node_id(world, entry, 20)
+        if int.from_bytes(entry[:4], "little") in RESTORED:
+            _nonzero(entry, 12, 16)
+        _node_id(world, entry, 20)
         parts.append(bytes(entry))
     return b"".join(parts)
 
@@ -216,13 +220,11 @@ def _md_info(world: World, raw: bytes) -> bytes:
 
 def _object(request: Frame, raw: bytes) -> bytes:
     oid, offset = request.oid, request.offset
-    fields = [(512, 520), (520, 528)] if is_inode(oid) else [(512, 520)] if is_attribute(oid) else []
-    if not fields or offset >= 528:
-        return raw
+    times = (512, 520) if is_inode(oid) else (512,) if is_attribute(oid) else ()
     content = bytearray(raw)
-    for start, end in fields:
-        if start - offset >= 0 and end - offset <= len(raw):
-            _nonzero(content, start - offset, end - offset)
+    for start in times:
+        if start - offset >= 0 and start + 8 - offset <= len(raw):
+            _time(content, start - offset)
     return bytes(content)
 
 
@@ -233,25 +235,17 @@ def _stat(raw: bytes) -> bytes:
     return repr(used).encode()
 
 
-_VARIANT_FIELDS: Mapping[int, tuple[tuple[int, int], ...]] = {
-    Op.NEW_VDI: ((24, 28), (32, 34)),
-    Op.LOCK_VDI: ((24, 28), (32, 34)),
-    Op.GET_VDI_INFO: ((24, 28), (32, 34)),
-    Op.GET_VDI_ATTR: ((24, 33),),
-    Op.GET_NODE_LIST: ((20, 24),),
-    Op.GET_CLUSTER_DEFAULT: ((20, 23),),
-    Op.GET_HASH: ((24, 44),),
-}
-
-
 def variant_of(request: Frame, header: bytes) -> bytes:
-    """The fields of an answer's header that mean something."""
+    """What an answer's header says behind the result."""
+    variant = bytearray(header[20:])
     result = int.from_bytes(header[16:20], "little")
-    if result != Result.SUCCESS:
-        return b""
-    if request.opcode == Op.GET_HASH and is_inode(request.oid):
-        return b""
-    return b"".join(header[start:end] for start, end in _VARIANT_FIELDS.get(request.opcode, ()))
+    if request.opcode == Op.STAT_SHEEP:
+        _blank(variant, (12, 28))
+    elif request.opcode == Op.GET_HASH and is_inode(request.oid):
+        _blank(variant, (4, 24))
+    elif request.opcode == Op.NEW_VDI and result != Result.SUCCESS:
+        _blank(variant, (4, 8), (12, 14))
+    return bytes(variant)
 
 
 def body_of(world: World, request: Frame, body: bytes) -> bytes:

@@ -29,7 +29,8 @@ from replay_client import RECORDED_PATHS, RECORDED_PORT, Frame, Player, World
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
 
 NODES = {"1n": 1, "3n": 3, "3v": 3}
-OPTIONS: Mapping[str, tuple[str, ...]] = {"3v": ("-V", "64")}
+LEVEL = ("-l", "level=info")  # what a session asks for
+OPTIONS: Mapping[str, tuple[str, ...]] = {"1n": LEVEL, "3n": LEVEL, "3v": (*LEVEL, "-V", "64")}
 
 
 def _lock(cluster: SheepCluster, name: bytes) -> None:
@@ -42,7 +43,7 @@ def _start_two(cluster: SheepCluster) -> None:
     """After the shutdown nodes 0 and 1 are back, node 2 is not."""
     for index in range(3):
         _ended(cluster, index)
-    cluster.options = ("-V", "100")  # what SET_VNODES made of node 0
+    cluster.options = (*LEVEL, "-V", "100")  # what SET_VNODES made of node 0
     cluster.restart(0, wait=False)
     cluster.options = OPTIONS["3v"]
     cluster.restart(1, wait=False)
@@ -125,7 +126,7 @@ class Replay:
     """The sessions of one recorded cluster, played as far as somebody asked."""
 
     def __init__(self, name: str, base: Path) -> None:
-        self.cluster = SheepCluster(NODES[name], driver="local", options=OPTIONS.get(name, ()), base=base)
+        self.cluster = SheepCluster(NODES[name], driver="local", options=OPTIONS[name], base=base)
         self._files = SESSIONS[name]
         self._found: dict[str, list[str]] = {}
         self._broken = ""

@@ -262,6 +262,41 @@ def test_every_opcode_without_its_fields(cluster: SheepCluster) -> None:
             assert result_of(stream) == Result.VER_MISMATCH
 
 
+def test_versions_and_ids(cluster: SheepCluster) -> None:
+    """Clients say version 0, 1 or 2, sheep and dog 0x0a, and nothing else is served; whatever was sent, the answer has
+    its opcode and id, version and flags 0, and pipelined requests are all answered."""
+    for opcode, served in ((Op.READ_VDIS, {0, 1, 2}), (Op.GET_STORE_LIST, {0x0A}), (0xFE, {0x0A})):
+        with raw(cluster) as stream:
+            requests = [struct.pack("<BBHIII32x", proto, opcode, 0, 9, proto ^ 0xDEADBEEF, 0) for proto in range(256)]
+            stream.sendall(b"".join(requests))
+            stream.shutdown(socket.SHUT_WR)
+            answers = bytearray()
+            while more := stream.recv(65536):
+                answers += more
+        assert len(answers) == 256 * 48
+        found = {}
+        for at in range(0, len(answers), 48):
+            version, echoed, flags, epoch, number, length, result = struct.unpack_from("<BBHIIII", answers, at)
+            assert (version, echoed, flags, epoch, length) == (0, opcode, 0, 1, 0)
+            found[number ^ 0xDEADBEEF] = result
+        assert {proto for proto, result in found.items() if result != Result.VER_MISMATCH} == served
+
+
+def test_peer_operations_without_an_object(cluster: SheepCluster) -> None:
+    """The epoch of a peer operation counts only for an object: without one the answer is NO_OBJ, whatever the epoch; an
+    older one is refused otherwise. No file is made of an object id that a start would overlook."""
+    with cluster.connect(0) as connection:
+        for opcode in (Op.READ_PEER, Op.WRITE_PEER, Op.CREATE_AND_WRITE_PEER):
+            for epoch in (0, 1, 7):
+                answer = connection.request(opcode, epoch=epoch, body=b"x", data_length=1)
+                assert answer.result == Result.NO_OBJ
+            assert connection.request(opcode, oid=5 << 32, body=b"x", data_length=1).result == Result.OLD_NODE_VER
+        for oid in (0, (1 << 64) - 1):
+            answer = connection.request(Op.CREATE_AND_WRITE_OBJ, oid=oid, body=b"x")
+            assert answer.result == Result.INVALID_PARMS
+    assert not [path for name in ("0" * 16, "f" * 16) for path in cluster.base.rglob(name)]
+
+
 def test_truncated_requests(cluster: SheepCluster) -> None:
     """A request whose body never comes completely changes nothing and ends with its connection."""
     vid = vid_of_name(cluster, "kept")
@@ -282,6 +317,9 @@ def test_oversized_frames(cluster: SheepCluster) -> None:
         return int(status.read_text().partition("VmRSS:")[2].split()[0])
 
     before = memory_kib()
+    with raw(cluster) as stream:  # one epoch with 50 million node slots
+        stream.sendall(header(Op.STAT_CLUSTER, proto=0x0A, length=0xFFFFFFFF, variant=bytes(24) + b"\x80\xf0\xfa\x02"))
+        assert result_of(stream) == Result.SUCCESS
     with raw(cluster) as stream:
         stream.sendall(header(Op.WRITE_OBJ, flags=WRITE, length=0xFFFFFFFF))
         assert closed(stream)

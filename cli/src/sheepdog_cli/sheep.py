@@ -15,6 +15,7 @@ from typing import NoReturn
 from sheepdog.daemon.config import (
     JOURNAL_BYTES_MIN,
     LOG_LEVELS,
+    POOLS,
     FrontEndConfig,
     IoAddress,
     JournalConfig,
@@ -38,7 +39,6 @@ DEFAULT_PATH = "/tmp"
 LOG_NAME = "sheep.log"
 U32_MAX = (1 << 32) - 1
 DELAY_MAX_S = 24 * 3600
-POOLS = ("net", "gway", "io", "peer", "reclaim", "gway_fwd", "remove", "remove_peer", "recovery", "async")
 
 
 class BadUsage(Exception):
@@ -337,7 +337,7 @@ class _Options:
 def _words(text: str, *keys: str) -> list[tuple[str, str, str]]:
     """(key, value, word) for each word of a list option; the key is empty where none fits."""
     found = []
-    for word in text.split(",") if text else []:
+    for word in filter(None, text.split(",")):  # as strtok: commas too many do no harm
         key = next((key for key in keys if word.startswith(key)), "")
         found.append((key, word[len(key) :], word))
     return found

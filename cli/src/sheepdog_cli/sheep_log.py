@@ -93,7 +93,7 @@ class RotatingFile(logging.Handler):
         self._file: IO[str] = self._open()
 
     def _open(self) -> IO[str]:
-        handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o660)
+        handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         # Line buffering: what was logged before a crash is in the file.
         opened = os.fdopen(handle, "a", buffering=1, encoding="utf-8", errors="backslashreplace")
         faulthandler.enable(opened)

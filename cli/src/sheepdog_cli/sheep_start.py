@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 
 from sheepdog.daemon.config import SheepConfig
@@ -130,28 +131,19 @@ def _run(config: SheepConfig, early: logging.Handler, writer: int | None) -> int
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGHUP, lambda *_: None if log_file is None else log_file.rotate())
-    pid_file = None
+    pid_file = PidFile(config.pid_file)
     try:
-        if config.pid_file is not None:
-            pid_file = write_pid_file(config.pid_file)
-        return _serve(config)
-    except StartError:
-        return 1
+        return _serve(config, pid_file.write)
     finally:
-        if pid_file is not None and config.pid_file is not None:
-            os.close(pid_file)
-            try:
-                os.unlink(config.pid_file)
-            except FileNotFoundError:
-                pass  # somebody tidied up before us
+        pid_file.remove()
         directory.unlock()
 
 
-def _serve(config: SheepConfig) -> int:
+def _serve(config: SheepConfig, started: Callable[[], None]) -> int:
     try:
         from sheepdog.daemon.sheep import main
 
-        return main(config)
+        return main(config, started)
     except SheepdogError as error:
         logger.error("%s", error)
         return error.exit_code
@@ -162,23 +154,43 @@ def _serve(config: SheepConfig) -> int:
         return 1
 
 
-def write_pid_file(path: str) -> int:
-    """The descriptor of the locked pid file, which holds our process id.
+class PidFile:
+    """The pid file: written when the sheep listens and has asked to join, removed at an orderly end."""
 
-    :raises StartError: it cannot be written, or another process holds it.
-    """
-    handle = -1
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(handle, 0)
-        os.write(handle, b"%d\n" % os.getpid())
-    except OSError as error:
-        if handle >= 0:
-            os.close(handle)
-        logger.error("failed to pid file '%s' - %s", path, os.strerror(error.errno or 0))
-        raise StartError from None
-    return handle
+    def __init__(self, path: str | None) -> None:
+        """:param path: ``None``: there is none to write."""
+        self._path = path
+        self._handle = -1
+
+    def write(self) -> None:
+        """The file is locked and holds our process id.
+
+        :raises ConfigError: it cannot be written, or another process holds it.
+        """
+        if self._path is None:
+            return
+        handle = -1
+        try:
+            handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(handle, 0)
+            os.write(handle, b"%d\n" % os.getpid())
+        except OSError as error:
+            if handle >= 0:
+                os.close(handle)
+            raise ConfigError(f"failed to pid file '{self._path}' - {os.strerror(error.errno or 0)}") from None
+        self._handle = handle
+
+    def remove(self) -> None:
+        """Our file is gone; another process's stays."""
+        if self._handle < 0 or self._path is None:
+            return
+        os.close(self._handle)
+        self._handle = -1
+        try:
+            os.unlink(self._path)
+        except FileNotFoundError:
+            pass  # somebody tidied up before us
 
 
 def _raise_file_limit() -> None:

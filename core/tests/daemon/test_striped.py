@@ -10,7 +10,7 @@ import pytest
 from sheepdog.contracts.store import ShardKey, StoreOptions
 from sheepdog.daemon.striped_undo import StripUndo
 from sheepdog.errors import RequestError, SheepdogError
-from sheepdog.model.ids import data_oid
+from sheepdog.model.ids import attribute_oid, data_oid
 from sheepdog.testing.memory_store import MemoryMedium, MemoryStore
 from sheepdog.wire.opcodes import Op
 from sheepdog_redundancy_ec import sheepdog_redundancy
@@ -21,6 +21,7 @@ from .recovery_world import VID, world
 pytestmark = pytest.mark.anyio
 FOUR_TWO = 0x22
 TWO_ONE = 0x11
+MiB = 1024 * 1024
 PART = 64 * 1024  # what the tests look at of an object
 
 
@@ -100,6 +101,18 @@ async def test_partial_writes(policy):
 
         for plane in made.sheep:
             assert bytes(await plane.objects.read(oid, 0, PART)) == content
+
+
+async def test_strips_of_attributes():
+    """The strip of an attribute has the size of a data object's strip, at every holder, as the original makes it."""
+    async with striped_world(6) as made:
+        oid = attribute_oid(VID, 5)
+        content = random_bytes(1, 66320)
+        await made.sheep[0].objects.create(oid, 0, content)
+
+        sizes = [made.sheep[number].store.size(ShardKey(oid, i)) for i, number in enumerate(holders(made, oid))]
+        assert sizes == [MiB] * 6
+        assert bytes(await made.sheep[1].objects.read(oid, 0, 66320)) == content
 
 
 async def test_computed_reads_beside_writes():

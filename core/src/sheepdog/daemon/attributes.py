@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from sheepdog.daemon.vdi import Vdis
-from sheepdog.errors import InvalidParameters, ObjectNotFound, RequestError, VdiExists
+from sheepdog.errors import InvalidParameters, ObjectNotFound, RequestError
 from sheepdog.model.attribute import ATTRIBUTE_BYTES, ATTRIBUTE_HEADER_BYTES, VALUE_OFFSET, Attribute
 from sheepdog.model.hashing import vdi_hash
 from sheepdog.model.ids import INDEX_MASK
@@ -27,6 +27,13 @@ class Slot(NamedTuple):
 
     found: int | None
     free: int | None
+
+    @property
+    def place(self) -> int:
+        """Where the attribute is, or would be made."""
+        place = self.found if self.found is not None else self.free
+        assert place is not None, "a search without an end"
+        return place
 
 
 class Attributes:
@@ -47,28 +54,23 @@ class Attributes:
             raise InvalidParameters("an attribute without name or key")
         if not request.flags & (Flag.CREAT | Flag.DEL):
             await self._vdis.find(wanted.name, wanted.tag, snap_id)
-            return self._reply(wanted, await self._find(wanted))
+            slot = await self._search(wanted)
+            return self._reply(wanted, slot, Result.SUCCESS if slot.found is not None else Result.NO_OBJ)
         async with self._sections.exclusive() as section:
             _, header = (await self._vdis.lookup(section, wanted.name, wanted.tag, snap_id)).found()
-            if request.flags & Flag.DEL:
-                attr_id = await self._find(wanted)
-                await self._objects.write(wanted.oid_at(attr_id), 0, b"\0")
-                return self._reply(wanted, attr_id)
             slot = await self._search(wanted)
+            if request.flags & Flag.DEL:
+                if slot.found is None:
+                    return self._reply(wanted, slot, Result.NO_OBJ)
+                await self._objects.write(wanted.oid_at(slot.found), 0, b"\0")
+                return self._reply(wanted, slot)
             if slot.found is not None and request.flags & Flag.EXCL:
-                raise VdiExists("the attribute exists")
-            taken = slot.found if slot.found is not None else slot.free
-            assert taken is not None, "a search without an end"
+                return self._reply(wanted, slot, Result.VDI_EXIST)
+            taken = slot.place
             named = Attribute(wanted.name, wanted.tag, header.create_time, wanted.snap_id, wanted.key, wanted.value)
             # The whole object is replaced at once, so a reader never sees one value's length with another's bytes.
             await self._objects.create(wanted.oid_at(taken), 0, named.pack_header() + named.value)
-            return self._reply(wanted, taken)
-
-    async def _find(self, wanted: Attribute) -> int:
-        slot = await self._search(wanted)
-        if slot.found is None:
-            raise ObjectNotFound("no such attribute")
-        return slot.found
+            return self._reply(wanted, slot)
 
     async def _search(self, wanted: Attribute) -> Slot:
         free: int | None = None
@@ -86,12 +88,13 @@ class Attributes:
                 return Slot(attr_id, free)
         raise RequestError("too many attributes share one hash", result=Result.FULL_VDI)
 
-    def _reply(self, wanted: Attribute, attr_id: int) -> Response:
+    def _reply(self, wanted: Attribute, slot: Slot, result: Result = Result.SUCCESS) -> Response:
+        """The numbers are told with a refusal, too, as by the original."""
         state = self._vdis.state
         number = vdi_hash(wanted.name)
         known = state.vdis.scheme_of(number)
         copies = known[0] if known is not None else state.copies
-        return Response(variant=VdiResponse(number, attr_id, copies).pack())
+        return Response(result, variant=VdiResponse(number, slot.place, copies).pack())
 
 
 def _header_only(data: bytes) -> Attribute:

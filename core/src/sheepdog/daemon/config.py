@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DEFAULT_PORT = 7000
+# Thread pools of the original, which -w names, and what two of them are called in the log when their size is fixed.
+POOLS = ("net", "gway", "io", "peer", "reclaim", "gway_fwd", "remove", "remove_peer", "recovery", "async")
+POOLS_RENAMED = {"recovery": "rw", "async": "async_req"}
 JOURNAL_BYTES_MIN = 64 << 20
 
 
@@ -112,7 +115,7 @@ class SheepConfig:
     recovery_delay_s: float = 0.0  # wait so long before moving data after a member left
     thread_counts: tuple[tuple[str, int], ...] = ()
     threads_max: int | None = None
-    pid_file: str | None = None  # absolute; written and removed by the command line, around the daemon
+    pid_file: str | None = None  # absolute; written and removed by the command line
     log: LogConfig = LogConfig()
     version: str = "1.0.1+py"
 

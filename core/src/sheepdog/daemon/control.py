@@ -10,7 +10,7 @@ from sheepdog.daemon.admin import Admin
 from sheepdog.daemon.attributes import Attributes
 from sheepdog.daemon.barrier import Barrier
 from sheepdog.daemon.dispatch import Dispatcher
-from sheepdog.daemon.info import LOG_LEVEL_DEFAULT, Info
+from sheepdog.daemon.info import Info
 from sheepdog.daemon.interfaces import Backend, Gateway, Lifecycle, Objects, PeerCaller, Spawn
 from sheepdog.daemon.locks import Locks
 from sheepdog.daemon.md_ops import DiskOperations
@@ -45,12 +45,8 @@ class Control:
         services: Services,
         spawn: Spawn,
         auto_vnodes: bool,
-        log_level: int = LOG_LEVEL_DEFAULT,
     ) -> None:
-        """
-        :param auto_vnodes: the sheep was started without ``-V``.
-        :param log_level: 0 (emerg) to 7 (debug), what GET_LOGLEVEL answers.
-        """
+        """:param auto_vnodes: the sheep was started without ``-V``."""
         clock = services.clock
         self.state = state
         self.sections = Sections(state.me.id)
@@ -65,7 +61,7 @@ class Control:
         self.admin = Admin(
             state, self.membership, self.sections, self.barrier, self.vdis, backend, lifecycle, clock, spawn
         )
-        self.info = Info(state, self.membership, backend, clock, log_level=log_level)
+        self.info = Info(state, self.membership, backend, clock)
         self.disks = DiskOperations(backend)
         self._register(dispatcher)
 

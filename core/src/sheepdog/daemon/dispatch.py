@@ -164,5 +164,5 @@ class Dispatcher:
         tail = "" if result is None else f", result={result:02X}"
         logger.info(
             "req=0x%x, fd=%d, client=%s, op=%s, data=%s%s",
-            id(request), 0, remote, self._admin[request.opcode], data, tail,
+            id(request), connection.number, remote, self._admin[request.opcode], data, tail,
         )  # fmt: skip

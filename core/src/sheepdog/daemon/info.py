@@ -13,6 +13,7 @@ import cbor2
 
 from sheepdog.contracts.services import Clock
 from sheepdog.contracts.store import REPLICA, ObjectStore, ShardKey
+from sheepdog.daemon.config import LOGGING_LEVELS
 from sheepdog.daemon.interfaces import Backend
 from sheepdog.daemon.membership import Membership
 from sheepdog.daemon.repair import Repairs
@@ -48,17 +49,7 @@ from sheepdog.wire.results import Result
 
 logger = logging.getLogger(__name__)
 
-LOG_LEVELS = (  # emerg, alert, crit, err, warning, notice, info, debug
-    logging.CRITICAL,
-    logging.CRITICAL,
-    logging.CRITICAL,
-    logging.ERROR,
-    logging.WARNING,
-    logging.INFO,
-    logging.INFO,
-    logging.DEBUG,
-)
-LOG_LEVEL_DEFAULT = 6
+EPOCHS_BYTES_MAX = 64 << 20  # of one STAT_CLUSTER answer, whatever room is announced
 _STATUS_RESULT = {
     ClusterStatus.OK: Result.SUCCESS,
     ClusterStatus.SHUTDOWN: Result.SHUTDOWN,
@@ -75,15 +66,11 @@ class Info:
         membership: Membership,
         backend: Backend,
         clock: Clock,
-        *,
-        log_level: int = LOG_LEVEL_DEFAULT,
     ) -> None:
-        """:param log_level: 0 (emerg) to 7 (debug), as the sheep was started."""
         self._state = state
         self._membership = membership
         self._backend = backend
         self._clock = clock
-        self._log_level = log_level
         self.repairs: Repairs | None = None  # set where objects are stored
 
     # ---- the cluster
@@ -128,7 +115,7 @@ class Info:
         """STAT_CLUSTER: the newest epochs, as many as fit; the result is the status of the cluster."""
         state = self._state
         slots = ClusterRequest.unpack(request.variant or b"").nodes_nr
-        room = request.data_length // (EPOCH_LOG_HEAD_BYTES + slots * NODE_BYTES)
+        room = min(request.data_length, EPOCHS_BYTES_MAX) // (EPOCH_LOG_HEAD_BYTES + slots * NODE_BYTES)
         wanted = list(range(state.epoch, max(0, state.epoch - room), -1))
         entries: list[EpochLogEntry] = []
         for epoch in wanted:
@@ -228,16 +215,17 @@ class Info:
         return _sized(request, body)
 
     def get_log_level(self, request: Request) -> Response:
-        """GET_LOGLEVEL."""
-        return _sized(request, pack_i32(self._log_level))
+        """GET_LOGLEVEL: that of the root logger, which is the one in force."""
+        level = logging.getLogger().level
+        number = next((at for at, one in enumerate(LOGGING_LEVELS) if one <= level), len(LOGGING_LEVELS) - 1)
+        return _sized(request, pack_i32(number))
 
     def set_log_level(self, request: Request) -> Response:
         """SET_LOGLEVEL."""
         level = unpack_i32(request.body)
-        if not 0 <= level < len(LOG_LEVELS):
+        if not 0 <= level < len(LOGGING_LEVELS):
             raise InvalidParameters(f"no log level {level}")
-        self._log_level = level
-        logging.getLogger("sheepdog").setLevel(LOG_LEVELS[level])
+        logging.getLogger().setLevel(LOGGING_LEVELS[level])
         return Response()
 
     def get_throttle(self, request: Request) -> Response:

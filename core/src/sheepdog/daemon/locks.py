@@ -12,7 +12,7 @@ import logging
 from sheepdog.daemon import messages
 from sheepdog.daemon.messages import Fields
 from sheepdog.daemon.vdi import Vdis
-from sheepdog.errors import InvalidParameters, VdiNotFound
+from sheepdog.errors import InvalidParameters, VdiLocked, VdiNotFound
 from sheepdog.model.clusterinfo import ClusterFlag
 from sheepdog.model.inode import InodeHeader
 from sheepdog.model.node import NodeId
@@ -49,8 +49,11 @@ class Locks:
         """LOCK_VDI: only a lookup where locks are not enforced."""
         wanted = VdiRequest.unpack(request.variant or b"")
         name, tag = unpack_names(request.body)
-        vid, header = await self.lock(name, tag, wanted.snapid, _lock_type(wanted.lock_type))
-        return self._vdis.reply(vid, header)
+        vid, header, refused = await self._lock(name, tag, wanted.snapid, _lock_type(wanted.lock_type))
+        reply = self._vdis.reply(vid, header)
+        if refused is not None:
+            reply.result = refused.result  # beside the number of the volume, as the original has it
+        return reply
 
     async def lock(self, name: bytes, tag: bytes, snap_id: int, kind: LockType) -> tuple[int, InodeHeader]:
         """The volume meant, locked for this sheep where locks are enforced.
@@ -59,12 +62,23 @@ class Locks:
         :raises VdiNotFound: no such name.
         :raises TagNotFound: no such snapshot.
         """
+        vid, header, refused = await self._lock(name, tag, snap_id, kind)
+        if refused is not None:
+            raise refused
+        return vid, header
+
+    async def _lock(
+        self, name: bytes, tag: bytes, snap_id: int, kind: LockType
+    ) -> tuple[int, InodeHeader, VdiLocked | None]:
         if not self.enforced:
-            return await self._vdis.find(name, tag, snap_id)
+            return *await self._vdis.find(name, tag, snap_id), None
         async with self._sections.exclusive() as section:
             vid, header = (await self._vdis.lookup(section, name, tag, snap_id)).found()
-            await section.finish(LOCKED, vid=vid, type=int(kind))
-        return vid, header
+            try:
+                await section.finish(LOCKED, vid=vid, type=int(kind))
+            except VdiLocked as error:
+                return vid, header, error
+        return vid, header, None
 
     async def release_vdi(self, request: Request) -> Response:
         """RELEASE_VDI: always SUCCESS, as clients expect."""
@@ -110,7 +124,9 @@ class Locks:
 
     async def _apply_locked(self, fields: Fields, sender: NodeId) -> None:
         known = self._known(fields)
-        self._state.vdis.put(known.lock(sender, _lock_type(messages.integer(fields, "type"))))
+        kind = _lock_type(messages.integer(fields, "type"))
+        self._state.vdis.put(known.lock(sender, kind))
+        logger.info("vid=%x is locked by node=%s (%s)", known.vid, sender.text, kind.name.lower())
 
     async def _apply_released(self, fields: Fields, sender: NodeId) -> None:
         kind = _lock_type(messages.integer(fields, "type"))
@@ -123,6 +139,7 @@ class Locks:
             released = known.release(sender, kind)
             if released is not known:
                 self._state.vdis.put(released)
+                logger.info("vid=%x is unlocked by node=%s (%s)", vid, sender.text, kind.name.lower())
                 return
             if kind is not LockType.NORMAL or vid not in moved:
                 logger.debug("vid=%x is not locked in that way", vid)

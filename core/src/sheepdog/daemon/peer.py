@@ -23,7 +23,7 @@ from sheepdog.daemon.shards import Shards
 from sheepdog.daemon.state import SheepState
 from sheepdog.daemon.stats import Stats
 from sheepdog.daemon.unsettled import Unsettled
-from sheepdog.model.ids import always_replicated, is_ledger, is_sparse, vid_of
+from sheepdog.model.ids import NO_OIDS, always_replicated, is_ledger, is_sparse, vid_of
 from sheepdog.model.inode import SHORT_INODE_BYTES
 from sheepdog.wire.extensions import (
     FORWARD_CREATE,
@@ -160,6 +160,9 @@ class ObjectOperations:
         answer = self._answer(connection, request)
         if self._refused(request, answer):
             return
+        if request.oid in NO_OIDS:
+            answer(Result.INVALID_PARMS, None)  # no start of a sheep would find a file of that name again
+            return
         self._gateway.submit_create(
             request.oid, request.offset, request.body, answer,
             cow_oid=request.cow_oid if request.flags & Flag.COW else 0,
@@ -199,6 +202,9 @@ class ObjectOperations:
         def gate(connection: ClientConnection, request: Request) -> None:
             epoch = request.epoch
             connection.limited = False
+            if request.oid in NO_OIDS:
+                connection.reply(request, Result.NO_OBJ)  # in whatever epoch
+                return
             if epoch == state.epoch:
                 if gateway.alive():
                     stats.peer_began(request)
@@ -336,9 +342,7 @@ class ObjectOperations:
             return
         self._unsettled.applied(connection.applied, request.cow_oid, request.oid, request.tail)
         placement = self._gateway.placer.placement(request.oid, request.copies, request.copy_policy)
-        size = placement.object_bytes
-        if request.copy_policy and not placement.scheme.identical:
-            size = placement.scheme.shard_bytes(size)
+        size = placement.shard_bytes if request.copy_policy else placement.object_bytes
         size = max(size, request.offset + len(request.body))
         self._gateway.striped.undo.forget(request.oid)
         shards.create(

@@ -29,11 +29,18 @@ class Placement:
 
     __slots__ = (
         "copies", "here", "holders", "identical", "index", "links", "local", "object_bytes", "others", "policy",
-        "primary", "primary_link", "ring", "scheme", "short",
+        "primary", "primary_link", "ring", "scheme", "shard_bytes", "short",
     )  # fmt: skip
 
     def __init__(
-        self, ring: Ring, holders: tuple[Node, ...], me: NodeId, scheme: RedundancyScheme, bytes_: int, peers: PeerPool
+        self,
+        ring: Ring,
+        holders: tuple[Node, ...],
+        me: NodeId,
+        scheme: RedundancyScheme,
+        bytes_: int,
+        striped_bytes: int,
+        peers: PeerPool,
     ) -> None:
         self.ring = ring  # what this is valid for
         self.holders = tuple(node.id for node in holders)
@@ -41,6 +48,7 @@ class Placement:
         self.policy = scheme.policy
         self.copies = scheme.shards
         self.object_bytes = bytes_
+        self.shard_bytes = bytes_ if scheme.identical else scheme.shard_bytes(striped_bytes)  # of each shard's file
         self.index = next((i for i, node in enumerate(self.holders) if node == me), -1)
         self.local = self.index >= 0  # a shard belongs here
         self.primary = self.holders[0] if self.holders else None
@@ -88,9 +96,11 @@ class Placer:
         if always_replicated(oid):
             policy = 0
         scheme = self._scheme_of(policy, copies)
+        # Every strip has the size of a data object's, also the strips of attributes, which are smaller.
         made = Placement(
-            ring, ring.holders(oid, scheme.shards), state.me.id, scheme, object_bytes(oid, shift), self._peers
-        )
+            ring, ring.holders(oid, scheme.shards), state.me.id, scheme, object_bytes(oid, shift), 1 << shift,
+            self._peers,
+        )  # fmt: skip
         self._cache[oid] = (made, asked)
         return made
 

@@ -260,7 +260,7 @@ class Mender:
     async def _push_strip(self, oid: int, index: int, strip: Buffer, placement: Placement) -> int:
         key = ShardKey(oid, index)
         node = placement.holders[index]
-        size = max(placement.scheme.shard_bytes(placement.object_bytes), len(strip))
+        size = max(placement.shard_bytes, len(strip))
         logger.debug("oid=%016x: strip %d to node=%s", oid, index, node.text)
         if node == self._state.me.id:
             return await self._recovery.store_shard(key, strip, size, replace=True)

@@ -35,11 +35,12 @@ class ClientConnection:
 
     __slots__ = (
         "_dispatch", "_inflight", "_inflight_bytes", "_outbox", "_output", "_paused", "_server", "applied", "channel",
-        "decoder", "limited", "open",
+        "decoder", "limited", "number", "open",
     )  # fmt: skip
 
     def __init__(self, server: Server, channel: Channel) -> None:
         self.channel = channel
+        self.number = server.accepted  # tells connections apart in the log
         self.decoder = request_decoder()
         self.open = True
         self.limited = True  # by what is in flight; not for other sheep
@@ -130,9 +131,11 @@ class Server:
         self.outbox = outbox
         self.state = dispatcher.state
         self.connections: set[ClientConnection] = set()
+        self.accepted = 0  # connections so far
 
     def accept(self, channel: Channel) -> ClientConnection:
         """The receiver for a new connection."""
+        self.accepted += 1
         connection = ClientConnection(self, channel)
         self.connections.add(connection)
         return connection

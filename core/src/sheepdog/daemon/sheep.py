@@ -25,7 +25,7 @@ from sheepdog.contracts.transport import Listener
 from sheepdog.daemon.backend import LocalBackend
 from sheepdog.daemon.changes import Changes
 from sheepdog.daemon.coherence import Coherence
-from sheepdog.daemon.config import SheepConfig
+from sheepdog.daemon.config import POOLS, POOLS_RENAMED, SheepConfig
 from sheepdog.daemon.control import Control
 from sheepdog.daemon.dispatch import Dispatcher
 from sheepdog.daemon.gateway import Gateway
@@ -37,6 +37,7 @@ from sheepdog.daemon.placement import Placer, scheme_finder
 from sheepdog.daemon.primary import Primary
 from sheepdog.daemon.recovery import Recovery
 from sheepdog.daemon.recovery_notes import Notes
+from sheepdog.daemon.recovery_progress import ProgressReport
 from sheepdog.daemon.references import References
 from sheepdog.daemon.repair import Repairs
 from sheepdog.daemon.server import Server
@@ -71,6 +72,7 @@ class SheepParts:
     :param store: open, or ``None`` for a gateway.
     :param make_store: opens another store plugin on the same disks (format).
     :param listen: addresses for the wire protocol, in the transport's notation.
+    :param started: called when the sheep listens and has asked to join; what it raises ends the sheep.
     """
 
     services: Services
@@ -86,6 +88,7 @@ class SheepParts:
     fixed_store: str | None = None
     announcer: Announcer = field(default_factory=Announcer)
     notes: Notes = field(default_factory=Notes)
+    started: Callable[[], None] = lambda: None
 
 
 class Sheep:
@@ -165,6 +168,7 @@ class Sheep:
         self.recovery.ring_of = self.control.epoch_ring
         self.recovery.announce = self.control.announce_recovered
         self.volumes = GatewayVolumes(self.gateway, self.control, self.spawn)
+        self.progress = ProgressReport(self.recovery.status, self.state, parts.announcer)
         self._epoch_told = 0
         self.state.observe(self._state_changed)
 
@@ -219,6 +223,7 @@ class Sheep:
                 for front_end in self.parts.front_ends:
                     bound = await tasks.start(front_end.serve, context)
                     addresses.extend(bound)
+                self.parts.started()
                 logger.info("sheepdog daemon (version %s) started", self.config.version)
                 self.parts.announcer.started(self.state.me, self.state.epoch)
                 task_status.started(tuple(addresses))
@@ -248,13 +253,17 @@ class Sheep:
                 self.peers.tick()
                 self.gateway.tick(now)
                 self.primary.tick()
+                self.progress.tick()
 
 
 # ---- the process
 
 
-def main(config: SheepConfig) -> int:
-    """Runs one sheep until it ends; returns the exit code. Errors are in the log."""
+def main(config: SheepConfig, started: Callable[[], None] = lambda: None) -> int:
+    """Runs one sheep until it ends; returns the exit code. Errors are in the log.
+
+    :param started: as in ``SheepParts``.
+    """
     from sheepdog import plugins
 
     try:
@@ -267,7 +276,7 @@ def main(config: SheepConfig) -> int:
         logger.error("%s", error)
         return 1
     backend_options: dict[str, Any] = {"use_uvloop": _uvloop_installed()}  # Any: options of anyio's backend
-    return anyio.run(_run, config, driver, front_ends, redundancies, backend_options=backend_options)
+    return anyio.run(_run, config, started, driver, front_ends, redundancies, backend_options=backend_options)
 
 
 def _uvloop_installed() -> bool:
@@ -278,12 +287,13 @@ def _uvloop_installed() -> bool:
 
 async def _run(
     config: SheepConfig,
+    started: Callable[[], None],
     driver: ClusterDriver,
     front_ends: Sequence[FrontEnd],
     redundancies: Sequence[RedundancyFactory],
 ) -> int:
     try:
-        return await _run_sheep(config, driver, front_ends, redundancies)
+        return await _run_sheep(config, started, driver, front_ends, redundancies)
     except SheepdogError as error:
         _log_failure(error)
     except ExceptionGroup as group:
@@ -310,6 +320,7 @@ def _log_failure(error: BaseException) -> None:
 
 async def _run_sheep(
     config: SheepConfig,
+    started: Callable[[], None],
     driver: ClusterDriver,
     front_ends: Sequence[FrontEnd],
     redundancies: Sequence[RedundancyFactory],
@@ -355,6 +366,7 @@ async def _run_sheep(
     vnodes = 0 if config.gateway else config.vnodes or 128
     zone = config.zone if config.zone is not None else default_zone(identity.address)
     me = Node(identity, vnodes, zone, space)
+    _log_pools(config)
     workers = min(WORKERS_MAX, config.threads_max or WORKERS_MAX)
     async with ThreadExecutor(workers) as executor:
         services = Services(SystemClock(), SystemRandom(), executor, plugins.make_transport(config.transport))
@@ -372,6 +384,7 @@ async def _run_sheep(
             fixed_store=fixed,
             announcer=plugins.load_observers(),
             notes=notes,
+            started=started,
         )
         sheep = Sheep(me, config, parts)
         async with anyio.create_task_group() as tasks:
@@ -385,6 +398,16 @@ async def _run_sheep(
     notes.close()
     logger.info("shutdown")
     return code
+
+
+def _log_pools(config: SheepConfig) -> None:
+    """The lines that scripts know; one set of worker threads does what all these pools were for."""
+    counts = dict(config.thread_counts)
+    for pool in POOLS:
+        if counts.get(pool):
+            logger.info("# of threads in %s workqueue: %d", POOLS_RENAMED.get(pool, pool), counts[pool])
+        else:
+            logger.info("%s workqueue is created as dynamic", pool)
 
 
 async def _stop_on_signal(sheep: Sheep) -> None:

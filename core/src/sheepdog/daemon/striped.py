@@ -161,7 +161,7 @@ class Striped:
             done(refused)
             return
         epoch = self._state.epoch
-        shard_bytes = scheme.shard_bytes(placement.object_bytes)
+        shard_bytes = placement.shard_bytes
         fan = FanOut(len(holders), self._primary.unsettled, oid, done)
         number = self.undo.number(fan.sequence)
         if op is Op.CREATE_AND_WRITE_PEER:

@@ -311,8 +311,13 @@ class Vdis:
         """DISCARD_OBJ: one data object is given up by its volume. Also SUCCESS when it was not allocated."""
         oid = request.oid
         vid, index = vid_of(oid), index_of(oid)
-        if not is_data(oid) or index >= MAP_ENTRIES:
-            raise InvalidParameters(f"oid={oid:016x} is no data object of a flat map")
+        if not is_data(oid):
+            raise InvalidParameters(f"oid={oid:016x} is no data object")
+        if (await self.header(vid)).is_hypervolume:
+            await self._reclaimer.discard_from_tree(vid, index)
+            return Response()
+        if index >= MAP_ENTRIES:
+            raise InvalidParameters(f"oid={oid:016x} lies behind the map")
         owner = await self.objects.read(inode_oid(vid), map_offset(index), MAP_ENTRY_BYTES)
         if any(owner):
             await self.objects.write(inode_oid(vid), map_offset(index), bytes(MAP_ENTRY_BYTES))

@@ -12,8 +12,8 @@ from dataclasses import replace
 from sheepdog.contracts.store import REPLICA, ObjectStore, ShardKey
 from sheepdog.daemon.interfaces import Objects
 from sheepdog.errors import ObjectNotFound, StoreError
-from sheepdog.model.btree import INNER_DEPTH, BtreeNode
-from sheepdog.model.ids import data_oid, inode_oid, is_attribute, vid_of, vmstate_oid
+from sheepdog.model.btree import INNER_DEPTH, BtreeNode, entry_offset
+from sheepdog.model.ids import Oid, data_oid, inode_oid, is_attribute, vid_of, vmstate_oid
 from sheepdog.model.inode import (
     MAP_ENTRIES,
     MAP_ENTRY_BYTES,
@@ -89,6 +89,23 @@ class Reclaimer:
                 continue  # an earlier, interrupted deletion came this far
             await self._remove_owned(header.vdi_id, leaf)
             await self._remove(oid)
+
+    async def discard_from_tree(self, vid: int, index: int) -> None:
+        """A hypervolume gives up one data object: its entry in the tree says so, and the object goes."""
+        oid, offset = inode_oid(vid), MAP_OFFSET
+        node = BtreeNode.unpack(await self._objects.read(oid, offset, REFS_OFFSET - MAP_OFFSET))
+        if node.depth == INNER_DEPTH:
+            slot = node.find(index)
+            if slot == len(node):
+                return
+            oid, offset = Oid(node.value_at(slot)), 0
+            node = BtreeNode.unpack_leaf(await self._objects.read(oid, 0, REFS_OFFSET - MAP_OFFSET))
+        slot = node.find(index)
+        if slot == len(node) or node.index_at(slot) != index or not node.value_at(slot):
+            return
+        await self._objects.write(oid, offset + entry_offset(slot), bytes(MAP_ENTRY_BYTES))
+        if node.value_at(slot) == vid:
+            await self._remove(data_oid(vid, index))
 
     async def _remove_owned(self, vid: int, leaf: BtreeNode) -> None:
         for index, owner in leaf.items():

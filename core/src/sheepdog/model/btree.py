@@ -121,6 +121,11 @@ class BtreeNode:
         return BtreeNode(self.depth, self.entries[:at]), BtreeNode(self.depth, self.entries[at:])
 
 
+def entry_offset(slot: int) -> int:
+    """Where in a leaf the vid of entry ``slot`` is stored."""
+    return _HEAD.size + slot * _LEAF.size + 4
+
+
 @dataclass(frozen=True, slots=True)
 class BtreeChange:
     """What an insertion leads to.

@@ -29,6 +29,9 @@ _ATTRIBUTE_BYTES = 66320
 _FIXED_BYTES = 4 << 20  # of B-tree nodes and ledgers, whatever the VDI's object size
 
 
+NO_OIDS = frozenset({0, (1 << 64) - 1})  # never the name of an object
+
+
 def data_oid(vid: int, index: int) -> Oid:
     """The oid of data object ``index`` of ``vid``."""
     return Oid(vid << 32 | index)

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 
+from sheepdog.daemon.config import LOGGING_LEVELS
 from sheepdog.model.clusterinfo import CLUSTER_INFO_BYTES, ClusterInfo
 from sheepdog.model.epochs import EpochRecord, unpack_epoch_log
 from sheepdog.model.ids import data_oid, inode_oid
@@ -196,13 +197,15 @@ async def test_sizes_and_stores():
 
 
 async def test_log_level():
-    """The level can be changed within its bounds."""
-    logger = logging.getLogger("sheepdog")
+    """The level is the one in force, for plugins and libraries too, and can be changed within its bounds."""
+    logger = logging.getLogger()
     before = logger.level
     try:
         async with machines() as world:
             (sheep,) = await world.start_all(0)
-            assert unpack_i32((await sheep.ask(Op.GET_LOGLEVEL, data_length=4)).body) == 6
+            for number, level in enumerate(LOGGING_LEVELS):
+                logger.setLevel(level)
+                assert unpack_i32((await sheep.ask(Op.GET_LOGLEVEL, data_length=4)).body) == number
             assert (await sheep.ask(Op.SET_LOGLEVEL, body=pack_i32(3))).result == 0
             assert unpack_i32((await sheep.ask(Op.GET_LOGLEVEL, data_length=4)).body) == 3
             assert logger.level == logging.ERROR

@@ -5,7 +5,7 @@ import pytest
 
 from sheepdog.errors import Halted
 from sheepdog.model.clusterinfo import ClusterFlag
-from sheepdog.model.ids import data_oid, inode_oid, is_inode, vmstate_oid
+from sheepdog.model.ids import btree_oid, data_oid, inode_oid, is_inode, vmstate_oid
 from sheepdog.model.inode import MAP_OFFSET, REFS_OFFSET
 from sheepdog.testing.vectors import vectors
 from sheepdog.wire.opcodes import Op
@@ -209,6 +209,31 @@ async def test_hypervolume():
 
         assert world.space.data_objects() == []
         assert world.space.peek(inode_oid(vid), MAP_OFFSET, 16) == bytes(16)
+
+
+async def test_discard_in_a_hypervolume():
+    """DISCARD_OBJ of a hypervolume clears the entry in its tree, frees the object if it is its own, and leaves the
+    tree whole; what is not allocated is a success."""
+    async with machines() as world:
+        sheep = await one_sheep(world)
+        _, vid = await sheep.new_vdi(b"hyper", size=1 << 50, store_policy=1)
+        own, far = data_oid(vid, 2), data_oid(vid, 0x90000000)
+        for oid in (own, far):
+            await world.space.create(oid, 0, b"data")
+        leaf = btree_oid(vid, 0)
+        inner = bytes.fromhex("7462020001000000 0000009000000000") + leaf.to_bytes(8, "little")
+        entries_of = [(2, vid), (3, 0x123456), (0x90000000, vid)]
+        packed = b"".join(index.to_bytes(4, "little") + owner.to_bytes(4, "little") for index, owner in entries_of)
+        world.space.poke(inode_oid(vid), MAP_OFFSET, inner)
+        await world.space.create(leaf, 0, bytes.fromhex("7462010003000000") + packed)
+        await world.space.create(data_oid(0x123456, 3), 0, b"of another")
+
+        for index in (2, 3, 4, 0x90000000, 0x90000001):
+            assert (await sheep.ask(Op.DISCARD_OBJ, oid=data_oid(vid, index))).result == 0
+        assert world.space.data_objects() == [data_oid(0x123456, 3)]
+        assert world.space.peek(inode_oid(vid), MAP_OFFSET, 24) == inner
+        cleared = b"".join(index.to_bytes(4, "little") + bytes(4) for index, _ in entries_of)
+        assert world.space.peek(leaf, 0, 32) == bytes.fromhex("7462010003000000") + cleared
 
 
 async def test_halted_create():
