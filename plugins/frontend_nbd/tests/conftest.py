@@ -163,9 +163,9 @@ def volumes():
 
 @pytest.fixture
 def make_wire(volumes):
-    """``wire = make_wire()``: a client's end of a connection to ``volumes``."""
+    """``wire = make_wire()``: a client's end of a connection to ``volumes``, or to others."""
 
     def make(**options):
-        return Wire(volumes, **options)
+        return Wire(options.pop("volumes", volumes), **options)
 
     return make

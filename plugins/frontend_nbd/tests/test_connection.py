@@ -16,6 +16,7 @@ from sheepdog.api import (
     VdiLocked,
 )
 from sheepdog_frontend_nbd import connection as connection_module
+from sheepdog_frontend_nbd.exports import export_name, list_exports
 from sheepdog_frontend_nbd.protocol import Errno, ExportFlag, Reply
 
 pytestmark = pytest.mark.anyio
@@ -333,7 +334,8 @@ async def test_requests_that_make_no_sense(make_wire, command, offset, length, f
 
 
 async def test_oversized_reads_are_refused(make_wire, volumes):
-    """A read above the announced maximum is EINVAL, or EOVERFLOW where the client understands that."""
+    """A read above the announced maximum is EINVAL, or EOVERFLOW when the client wants it in one piece; who has no
+    structured replies cannot want that."""
     volumes.create("big", 64 * MiB)
     wire = make_wire()
     await wire.go("big")
@@ -342,8 +344,10 @@ async def test_oversized_reads_are_refused(make_wire, volumes):
 
     structured = make_wire()
     await structured.go("big", structured=True)
-    kind, _, data = chunk(structured.request(READ, 0, 32 * MiB + 1))
-    assert (kind, data[:4]) == (0x8001, struct.pack(">I", Errno.EOVERFLOW))
+    for flags, errno in ((DF, Errno.EOVERFLOW), (0, Errno.EINVAL), (FUA | DF, Errno.EOVERFLOW)):
+        kind, _, data = chunk(structured.request(READ, 0, 32 * MiB + 1, flags=flags))
+        assert (kind, data[:4]) == (0x8001, struct.pack(">I", errno))
+    assert wire.errno(READ, 0, 1, flags=DF) == Errno.EINVAL
     assert len(structured.request(READ, 0, 32 * MiB)) == 20 + 12  # a hole
 
 
@@ -452,6 +456,18 @@ async def test_tag_of_digits_is_found(make_wire, volumes):
         wire = make_wire()
         await wire.go(name)
         assert wire.errno(FLUSH) == 0
+
+
+async def test_listed_snapshots_are_found_by_their_names(make_wire, volumes):
+    """Every name in LIST opens what it stands for, also when a tag looks like the id of another snapshot or has an at
+    sign in it."""
+    for tag in ("3", "monday", "x@y"):
+        volumes.snapshot("disk", tag)
+
+    for name, _ in await list_exports(volumes):
+        wire = make_wire()
+        await wire.go(name)
+        assert export_name(wire.connection.volume.info) == name
 
 
 # ---- bounds and ends

@@ -92,6 +92,7 @@ class Connection:
         self._ended = ended
         self._size_bytes = 0
         self._read_only = True
+        self._read_flags = FLAG_FUA
         self._out: list[Buffer] = []
         self._passing = False  # a receive is being worked through
         self._inflight = 0
@@ -244,6 +245,7 @@ class Connection:
         self.block_status = block_status
         self._size_bytes = volume.info.size_bytes
         self._read_only = read_only
+        self._read_flags = FLAG_FUA | protocol.FLAG_DF if structured else FLAG_FUA
         self.decoder.transmission = True
 
     def _tell_ended(self) -> None:
@@ -260,7 +262,7 @@ class Connection:
             if (
                 0 < length <= protocol.REQUEST_BYTES_MAX
                 and offset + length <= self._size_bytes
-                and not flags & ~(FLAG_FUA | protocol.FLAG_DF)
+                and not flags & ~self._read_flags
             ):
                 volume = self.volume
                 assert volume is not None, "requests follow the choice of an export"
@@ -342,12 +344,13 @@ class Connection:
             self.decoder.blocked = True
 
     def _odd_read(self, flags: int, cookie: int, offset: int, length: int) -> None:
-        if flags & ~(FLAG_FUA | protocol.FLAG_DF):
+        if flags & ~self._read_flags:
             self._read_error(cookie, Errno.EINVAL, "unknown flags")
         elif offset + length > self._size_bytes:
             self._read_error(cookie, Errno.EINVAL, "beyond the end of the export")
         elif length > protocol.REQUEST_BYTES_MAX:
-            errno = Errno.EOVERFLOW if self.structured else Errno.EINVAL
+            # EOVERFLOW means "not in one piece", which only a client says that forbade pieces.
+            errno = Errno.EOVERFLOW if flags & protocol.FLAG_DF else Errno.EINVAL
             self._read_error(cookie, errno, f"at most {protocol.REQUEST_BYTES_MAX} bytes at once")
         else:
             self._out.append(protocol.none_chunk(cookie) if self.structured else protocol.simple_reply(cookie))
@@ -409,10 +412,8 @@ class Connection:
 
     def _cache(self, volume: Volume, cookie: int, offset: int, length: int) -> None:
         """The range is read and thrown away, which leaves it in the page caches of the holders."""
-        if offset + length > self._size_bytes:
+        if offset + length > self._size_bytes or length > protocol.REQUEST_BYTES_MAX:
             self._error(cookie, Errno.EINVAL)
-        elif length > protocol.REQUEST_BYTES_MAX:
-            self._error(cookie, Errno.EOVERFLOW if self.structured else Errno.EINVAL)
         else:
             self._begin(length)
             volume.read(offset, length, partial(self._changed, cookie, length, 0))

@@ -22,8 +22,11 @@ def encode(name: str) -> bytes:
 
 
 def export_name(info: VolumeInfo) -> str:
-    """The name under which a volume or snapshot is offered."""
-    return f"{info.name}@{info.tag or info.snap_id}" if info.snapshot else info.name
+    """The name under which a volume or snapshot is offered: one by which ``open_export`` finds it again."""
+    if not info.snapshot:
+        return info.name
+    clear = info.tag and "@" not in info.tag and not info.tag.isdecimal()  # else it reads as an id, or is cut elsewhere
+    return f"{info.name}@{info.tag if clear else info.snap_id}"
 
 
 def describe(info: VolumeInfo) -> str:

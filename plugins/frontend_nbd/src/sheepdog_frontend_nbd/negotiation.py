@@ -77,6 +77,7 @@ class Negotiation:
     """The negotiation of one connection.
 
     :param start_tls: upgrades the connection; ``None`` when TLS is not offered or active already.
+    :param tls_active: the connection was upgraded.
     :param tls_missing: nothing but STARTTLS is answered.
     """
 
@@ -89,6 +90,7 @@ class Negotiation:
         read_only: bool,
         start_tls: Callable[[], None] | None,
         tls_missing: bool,
+        tls_active: bool = False,
         zeroes: bool = True,
     ) -> None:
         self._connection = connection
@@ -98,6 +100,7 @@ class Negotiation:
         self._read_only = read_only
         self._start_tls = start_tls
         self._tls_missing = tls_missing
+        self._tls_active = tls_active
         self.zeroes = zeroes
         self._structured = False
         self._block_status_of: bytes | None = None  # the export for which base:allocation was agreed on
@@ -160,8 +163,10 @@ class Negotiation:
 
     def _starttls(self, data: bytes) -> None:
         connection = self._connection
-        if self._start_tls is None:
-            connection.send(option_error(Option.STARTTLS, Reply.ERR_POLICY, "no TLS here, or it is active already"))
+        if self._tls_active:
+            connection.send(option_error(Option.STARTTLS, Reply.ERR_INVALID, "TLS is active already"))
+        elif self._start_tls is None:
+            connection.send(option_error(Option.STARTTLS, Reply.ERR_POLICY, "this server has no TLS"))
         elif data:
             connection.send(option_error(Option.STARTTLS, Reply.ERR_INVALID, "STARTTLS has no data"))
         else:

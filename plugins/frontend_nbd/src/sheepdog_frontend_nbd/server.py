@@ -96,6 +96,7 @@ class _Server:
             read_only=self._options.read_only,
             start_tls=(lambda: self._start_tls(client, connection)) if offered else None,
             tls_missing=offered and self._options.tls_required,
+            tls_active=upgraded,
             zeroes=zeroes,
         )
         return connection
