@@ -133,6 +133,7 @@ def test_bad_driver() -> None:
 
     assert (code, err) == (1, "Invalid cluster driver 'carrier-pigeon:coop'\n")
     assert out.startswith("\nSupported features:\n\tCluster drivers: ")
+    assert out.endswith("\nFor another one, try: pip install sheepdog-cluster-carrier-pigeon\n")
 
 
 @pytest.mark.parametrize("kind", ["store", "redundancy", "transport"])
@@ -231,6 +232,8 @@ def test_gateway_and_plugins() -> None:
 
     servers = ["--nbd", "10809", "--nbd", "unix:/x,tls"] if "nbd" in installed("frontend") else []
     config = parse("-g", "--transport", "tcp", *servers)
+    same = parse("-g", *("--frontend" if word == "--nbd" else f"nbd:{word}" for word in servers))
 
     assert config.gateway and config.vnodes is None
+    assert config.front_ends == same.front_ends
     assert [front.options for front in config.front_ends] in ([], ["10809", "unix:/x,tls"])

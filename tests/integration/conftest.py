@@ -16,6 +16,7 @@ import pytest
 from sheepdog.testing.cluster import SheepCluster
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "third_party"))
 
 _running: list[SheepCluster] = []
 _read: dict[Path, int] = {}

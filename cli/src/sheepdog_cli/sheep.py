@@ -208,10 +208,16 @@ class _Options:
     # --- plugins ---
 
     def on_cluster(self, text: str) -> None:
-        if text.partition(":")[0] not in installed("cluster"):
+        name = text.partition(":")[0]
+        if name not in installed("cluster"):
+            from sheepdog.plugins import package_for
+
             sys.stderr.write(f"Invalid cluster driver '{text}'\n")
             sys.stdout.write(f"\nSupported features:\n{drivers_line()}\n")
+            if name:
+                sys.stdout.write(f"For another one, try: pip install {package_for('cluster', name)}\n")
             raise BadUsage
+        self._need("cluster", name)
         self.cluster = text
 
     def on_store(self, text: str) -> None:
@@ -224,12 +230,15 @@ class _Options:
         self._plugin("transport", text)
 
     def on_nbd(self, text: str) -> None:
-        self._need("frontend", "nbd")
-        self.front_ends.append(FrontEndConfig("nbd", text))
+        self.on_frontend("nbd:" + text)
 
     def on_http(self, text: str) -> None:
-        self._need("frontend", "http")
-        self.front_ends.append(FrontEndConfig("http", text))
+        self.on_frontend("http:" + text)
+
+    def on_frontend(self, text: str) -> None:
+        name, _, options = text.partition(":")
+        self._need("frontend", name)
+        self.front_ends.append(FrontEndConfig(name, options))
 
     def _plugin(self, kind: str, name: str) -> None:
         self._need(kind, name)
@@ -237,12 +246,13 @@ class _Options:
 
     @staticmethod
     def _need(kind: str, name: str) -> None:
-        names = installed(kind)
-        if name not in names:
-            _refuse(
-                f"no {kind} plugin '{name}' (installed: {', '.join(names) or 'none'}); "
-                f"try: pip install sheepdog-{kind}-{name}"
-            )
+        from sheepdog.errors import PluginError
+        from sheepdog.plugins import require
+
+        try:
+            require(kind, name)
+        except PluginError as error:
+            _refuse(str(error))
 
     # --- lists ---
 

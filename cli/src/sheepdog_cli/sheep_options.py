@@ -39,6 +39,7 @@ EXTENSIONS = (
     Option("", "redundancy", "NAME", "erasure code plugin"),
     Option("", "transport", "NAME", "transport plugin (tcp)"),
     Option("", "nbd", "ADDRESS", "serve volumes by NBD at [HOST:]PORT or unix:PATH; may be repeated"),
+    Option("", "frontend", "NAME[:OPTIONS]", "serve volumes by another front end plugin; may be repeated"),
     Option("", "recovery-delay", "SECONDS", "wait before moving data when a node left, it may be back soon (0)"),
 )
 

@@ -107,7 +107,7 @@ if TYPE_CHECKING:
     from sheepdog.builtin.filestore import FileStore, Layout
     from sheepdog.builtin.grouplog import GroupMember, GroupState, RecordDamaged
     from sheepdog.builtin.groupsession import GroupSession, Mailbox
-    from sheepdog.builtin.streams import StreamTransport
+    from sheepdog.builtin.streams import StreamListening, StreamTransport
     from sheepdog.builtin.tls import TlsChannel as TlsChannel
 
 API_VERSION = (1, 0)
@@ -122,6 +122,7 @@ _LATE = {
     "Layout": "sheepdog.builtin.filestore",
     "Mailbox": "sheepdog.builtin.groupsession",
     "RecordDamaged": "sheepdog.builtin.grouplog",
+    "StreamListening": "sheepdog.builtin.streams",
     "StreamTransport": "sheepdog.builtin.streams",
     "TlsChannel": "sheepdog.builtin.tls",
 }
@@ -222,6 +223,7 @@ __all__ = [
     "StoreError",
     "StoreFull",
     "StoreOptions",
+    "StreamListening",
     "StreamTransport",
     "TagNotFound",
     "TlsChannel",

@@ -362,6 +362,15 @@ class Announcer:
 _host = PluginHost()
 
 
+def require(kind: str, name: str) -> None:
+    """Exactly one plugin of that name is installed. Nothing is imported.
+
+    :raises PluginMissing: none is.
+    :raises PluginAmbiguous: two distributions offer it.
+    """
+    _find(KINDS[kind], name)
+
+
 def load(kind: str, name: str) -> types.ModuleType:
     """``PluginHost.load`` of this process."""
     return _host.load(kind, name)

@@ -263,7 +263,7 @@ class StreamChannel(Channel):
 
 @dataclass(frozen=True, slots=True)
 class StreamListening:
-    """One listener of a ``ListenStreams``. ``forget`` is called after it was closed."""
+    """One listener of a ``ListenStreams``. ``forget`` is called once, after it was closed."""
 
     listener: anyio.abc.Listener[anyio.abc.ByteStream]
     address: Address
@@ -285,7 +285,8 @@ def remote_of_socket(stream: anyio.abc.ByteStream) -> Address:
 
 class StreamListener(Listener):
     def __init__(self, listening: Sequence[StreamListening]) -> None:
-        self._listening = listening
+        self._listening = tuple(listening)
+        self._open = list(listening)
         self.scope = anyio.CancelScope()
 
     @property
@@ -295,7 +296,8 @@ class StreamListener(Listener):
     async def aclose(self) -> None:
         self.scope.cancel()
         with anyio.move_on_after(CLEANUP_S, shield=True):
-            for listening in self._listening:
+            while self._open:
+                listening = self._open.pop(0)
                 await listening.listener.aclose()
                 listening.forget()
 
