@@ -23,7 +23,7 @@ OPTIONS = (
     Option("P", "pidfile", "PATH", "write the process id to a file"),
     Option("r", "http", "LIST", "serve objects by HTTP"),
     Option("R", "recovery", "LIST", "slow recovery down"),
-    Option("u", "upgrade", "", "accept an older store layout and rewrite it"),
+    Option("u", "upgrade", "", "upgrade an older store layout, or say how to"),
     Option("v", "version", "", "print the version"),
     Option("V", "vnodes", "NUMBER", "fixed number of virtual nodes"),
     Option("w", "wq-threads", "LIST", "fixed numbers of threads"),

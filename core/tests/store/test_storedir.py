@@ -220,6 +220,8 @@ def test_config_of_another_version(directory, version):
         f"This sheep version is not compatible with the existing data layout, {version}",
         "use '-u' option to upgrade sheep store",
     ]
+    with pytest.raises(ConfigError, match=r"\na sheep converts no layout itself; .* 'dog upgrade'$"):
+        directory.read_config(upgrade=True)
 
 
 def test_truncated_config(directory):

@@ -340,7 +340,7 @@ async def _run_sheep(
     storedir.prepare()
     notes = FileNotes(config.base)
     identity = node_id(config, driver)
-    disk_config = storedir.read_config()
+    disk_config = storedir.read_config(upgrade=config.upgrade)
     _check_start(config, storedir, disk_config, identity)
     fixed = config.store or storedir.read_node_config()
     store_names = sorted({row.name for row in plugins.list_plugins(["store"])}, reverse=True)

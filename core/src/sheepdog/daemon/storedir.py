@@ -32,6 +32,7 @@ VNODE_STRATEGY_DIFFERS = "Designation of before a restart and a vnodes option is
 DISK_MODE_DIFFERS = "This sheep can't run because exists data format mismatch"
 CREATE_CLUSTER_FAILED = "failed to create sheepdog cluster"
 UPGRADE_HINT = "use '-u' option to upgrade sheep store"
+UPGRADE_OFF_LINE = "a sheep converts no layout itself; for files of older releases there is 'dog upgrade'"
 
 _TEMPORARY = ".tmp"
 _NODE_CONFIG_BYTES = 16
@@ -162,9 +163,10 @@ class StoreDirectory:
 
     # ---- config
 
-    def read_config(self) -> DiskConfig | None:
+    def read_config(self, *, upgrade: bool = False) -> DiskConfig | None:
         """The config file; ``None`` before the first format.
 
+        :param upgrade: ``-u`` was given, so it is not what to advise.
         :raises ConfigError: unreadable, or of another format version.
         """
         raw = self._read(self._config)
@@ -174,7 +176,7 @@ class StoreDirectory:
             return DiskConfig.unpack(raw)
         except ConfigError as error:
             if "not compatible" in str(error):
-                raise ConfigError(f"{error}\n{UPGRADE_HINT}") from error
+                raise ConfigError(f"{error}\n{UPGRADE_OFF_LINE if upgrade else UPGRADE_HINT}") from error
             raise
 
     def write_config(self, config: DiskConfig) -> None:
