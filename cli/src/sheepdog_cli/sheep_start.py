@@ -122,7 +122,8 @@ def _run(config: SheepConfig, early: logging.Handler, writer: int | None) -> int
     try:
         log_file = sheep_log.start(config.log, config.port, early)
     except OSError as error:
-        logger.error("cannot open the log file %s (%s)", config.log.path, os.strerror(error.errno or 0))
+        log = f"log file {config.log.path}" if config.log.path is not None else "system log"
+        logger.error("cannot open the %s (%s)", log, os.strerror(error.errno or 0))
         return 1
     if writer is not None:
         _detach(writer)
