@@ -33,6 +33,7 @@ from sheepdog.errors import (
     InvalidParameters,
     ObjectNotFound,
     ProtocolError,
+    ReadOnlyObject,
     RequestError,
     SheepdogError,
     VdiExists,
@@ -313,6 +314,9 @@ class Vdis:
         vid, index = vid_of(oid), index_of(oid)
         if not is_data(oid):
             raise InvalidParameters(f"oid={oid:016x} is no data object")
+        if self.state.vdis.readonly(vid):
+            # A client that has not heard of the snapshot yet looks the name up again upon this, as after a write.
+            raise ReadOnlyObject(f"vid={vid:x} is a snapshot")
         if (await self.header(vid)).is_hypervolume:
             await self._reclaimer.discard_from_tree(vid, index)
             return Response()

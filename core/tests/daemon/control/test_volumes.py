@@ -211,6 +211,21 @@ async def test_hypervolume():
         assert world.space.peek(inode_oid(vid), MAP_OFFSET, 16) == bytes(16)
 
 
+async def test_discard_after_a_snapshot():
+    """A client that discards by the number it knew before a snapshot is told so, as one that writes, and the snapshot
+    keeps the object; by the new number only the working volume gives it up."""
+    async with machines() as world:
+        sheep = await one_sheep(world)
+        _, vid = await sheep.new_vdi(b"test")
+        await fill(world, vid, 0)
+        _, working = await sheep.snapshot(b"test", b"tag")
+
+        assert (await sheep.ask(Op.DISCARD_OBJ, oid=data_oid(vid, 0))).result == Result.READONLY
+        assert entries(world, vid, 1) == [vid]
+        assert (await sheep.ask(Op.DISCARD_OBJ, oid=data_oid(working, 0))).result == 0
+        assert (entries(world, vid, 1), entries(world, working, 1)) == ([vid], [0])
+
+
 async def test_discard_in_a_hypervolume():
     """DISCARD_OBJ of a hypervolume clears the entry in its tree, frees the object if it is its own, and leaves the
     tree whole; what is not allocated is a success."""
