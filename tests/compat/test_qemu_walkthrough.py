@@ -17,7 +17,7 @@ from sheepdog.testing.cluster import SheepCluster, wait_until
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from qemu_client import QemuDisk, QemuError, Server
+from qemu_client import NEW_VDI, QemuDisk, QemuError, Server
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
 
@@ -176,6 +176,26 @@ def test_large_image_read_elsewhere(cluster: SheepCluster) -> None:
             assert reader.read(number * 4 * MiB, 4 * MiB) == blocks[number % 5]
         reader.close()
     cluster.dog("vdi", "delete", "large")
+
+
+def test_large_objects(cluster: SheepCluster) -> None:
+    """QEMU-1, VDI-17: an image with objects of 128 MiB: more than 64 MiB are written and read in one request, and the
+    copy that a write after a snapshot makes of a whole object comes from and goes to other nodes."""
+    for node in range(3):  # whichever of them holds the object: at least one of the three does not
+        name = f"objects{node}"
+        server = tcp(cluster, node)
+        server.vdi(NEW_VDI, name, size=128 * MiB, shift=27)
+        image = Copy(QemuDisk(server, name))
+        image.write(10 * MiB, noise(70 + node, 66 * MiB))
+        if node == 2:
+            image.disk.snapshot("whole")
+            saved = bytes(image.content)
+            image.write(20 * MiB, b"after the snapshot")
+            assert cluster.dog("vdi", "read", "-s", "whole", name, node=1).stdout == saved
+        image.check()
+        image.disk.close()
+        assert cluster.dog("vdi", "read", name, node=(node + 1) % 3).stdout == image.content
+        cluster.dog("vdi", "delete", name)
 
 
 def test_nodes_come_and_go(cluster: SheepCluster) -> None:

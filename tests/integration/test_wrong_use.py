@@ -297,6 +297,16 @@ def test_peer_operations_without_an_object(cluster: SheepCluster) -> None:
     assert not [path for name in ("0" * 16, "f" * 16) for path in cluster.base.rglob(name)]
 
 
+def test_writes_without_their_flag(cluster: SheepCluster) -> None:
+    """A write whose flag is missing has no body, whatever length it names: it is refused instead of acknowledged."""
+    vid = vid_of_name(cluster, "kept")
+    with raw(cluster) as stream:
+        for opcode in (Op.WRITE_OBJ, Op.CREATE_AND_WRITE_OBJ):
+            for oid in (data_oid(vid, 0), inode_oid(vid)):
+                stream.sendall(header(opcode, length=512, variant=struct.pack("<QQ", oid, 0)))
+                assert result_of(stream) == Result.INVALID_PARMS
+
+
 def test_truncated_requests(cluster: SheepCluster) -> None:
     """A request whose body never comes completely changes nothing and ends with its connection."""
     vid = vid_of_name(cluster, "kept")

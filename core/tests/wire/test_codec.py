@@ -106,6 +106,18 @@ def test_oversized_body_is_refused(length):
         feed(request_decoder(), request.pack(), [])
 
 
+def test_bodies_as_large_as_objects():
+    """Where there are objects that are larger than the limit, a body may be as large as the largest one, no more."""
+    largest = BODY_BYTES_MAX
+    decoder = request_decoder(larger=lambda: largest)
+    request = Request(3, flags=1, data_length=BODY_BYTES_MAX + 1)
+    largest += 1
+    assert feed(decoder, request.pack(), []) == []
+    assert len(decoder.get_buffer()) == BODY_BYTES_MAX + 1
+    with pytest.raises(ProtocolError):
+        feed(request_decoder(larger=lambda: largest - 1), request.pack(), [])
+
+
 def test_length_without_write_flag_is_no_body():
     """Without WRITE the length only announces the client's buffer."""
     request = Request(2, data_length=2**32 - 1)

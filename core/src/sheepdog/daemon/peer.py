@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 _Serve: TypeAlias = "Callable[[ClientConnection, Request], None]"
 
-READ_BYTES_MAX = 64 * 1024 * 1024
+READ_BYTES_MAX = 64 * 1024 * 1024  # unless there are larger objects
 
 
 class ObjectOperations:
@@ -106,7 +106,7 @@ class ObjectOperations:
 
     def _read_obj(self, connection: ClientConnection, request: Request) -> None:
         length = request.data_length
-        if length > READ_BYTES_MAX:
+        if length > READ_BYTES_MAX and length > self._state.object_bytes_max():
             connection.reply(request, Result.INVALID_PARMS)
             return
         stats = self._stats
@@ -150,6 +150,9 @@ class ObjectOperations:
             submit()
 
     def _refused(self, request: Request, answer: Callable[[int, Any], None]) -> bool:
+        if request.data_length != len(request.body):
+            answer(Result.INVALID_PARMS, None)  # without the WRITE flag there is nothing to write
+            return True
         if request.flags & Flag.TGT and self.coherence is not None and self.coherence.refuses(request):
             answer(Result.INODE_INVALIDATED, None)
             return True
@@ -286,7 +289,7 @@ class ObjectOperations:
             return
         key = self._key(request)
         length = request.data_length
-        if length > READ_BYTES_MAX:
+        if length > READ_BYTES_MAX and length > self._state.object_bytes_max():
             self._peer_answer(connection, request)(Result.INVALID_PARMS, None)
             return
         answer = self._peer_answer(connection, request, read=True)
@@ -331,7 +334,7 @@ class ObjectOperations:
         answer = self._peer_answer(connection, request, read=True)
         if not placement.here:
             answer(Result.NETWORK_ERROR, None)
-        elif request.data_length > READ_BYTES_MAX:
+        elif request.data_length > max(READ_BYTES_MAX, self._state.object_bytes_max()):
             answer(Result.INVALID_PARMS, None)
         else:
             self._gateway.striped.read_computed(request.oid, request.offset, request.data_length, placement, answer)

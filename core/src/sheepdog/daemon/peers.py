@@ -47,8 +47,8 @@ class PeerLink:
 
     def __init__(self, pool: PeerPool, node: NodeId) -> None:
         self.node = node
-        self.decoder = response_decoder()
         self._pool = pool
+        self.decoder = response_decoder(larger=pool.object_bytes_max)
         self._channel: Channel | None = None
         self._connecting = False
         self._forgotten = False
@@ -156,7 +156,7 @@ class PeerLink:
 
     def _opened(self, channel: Channel) -> PeerLink:
         self._channel = channel
-        self.decoder = response_decoder()
+        self.decoder = response_decoder(larger=self._pool.object_bytes_max)
         if self._forgotten:
             channel.abort()
         self._pool.outbox.defer(self._flush)
@@ -223,8 +223,17 @@ class PeerLink:
 class PeerPool:
     """All peer connections of one sheep."""
 
-    def __init__(self, transport: Transport, outbox: Outbox, clock: Clock, spawn: Callable[..., None]) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        outbox: Outbox,
+        clock: Clock,
+        spawn: Callable[..., None],
+        object_bytes_max: Callable[[], int] | None = None,
+    ) -> None:
+        """:param object_bytes_max: the size of the largest object that an answer may hold at this moment."""
         self.transport = transport
+        self.object_bytes_max = object_bytes_max
         self.outbox = outbox
         self.clock = clock
         self.spawn = spawn

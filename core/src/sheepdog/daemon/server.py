@@ -41,7 +41,7 @@ class ClientConnection:
     def __init__(self, server: Server, channel: Channel) -> None:
         self.channel = channel
         self.number = server.accepted  # tells connections apart in the log
-        self.decoder = request_decoder()
+        self.decoder = request_decoder(larger=server.state.object_bytes_max)
         self.open = True
         self.limited = True  # by what is in flight; not for other sheep
         self.applied: AppliedLog = deque()

@@ -110,7 +110,7 @@ class Sheep:
         self.state.recovery_disabled = parts.notes.progress.disabled
         self.dispatcher = Dispatcher(self.state, self.outbox, self.spawn)
         self.server = Server(self.dispatcher, self.outbox, self.unsettled.abandon)
-        self.peers = PeerPool(services.transport, self.outbox, clock, self.spawn)
+        self.peers = PeerPool(services.transport, self.outbox, clock, self.spawn, self.state.object_bytes_max)
         self.placer = Placer(self.state, scheme_finder(parts.redundancies), self.peers)
         self.backend = LocalBackend(
             self.state, parts.storedir, services.executor, self.stats, self,

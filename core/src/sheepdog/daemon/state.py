@@ -38,6 +38,10 @@ class SheepState:
     def formatted(self) -> bool:
         return self.ctime != 0
 
+    def object_bytes_max(self) -> int:
+        """No data object of the cluster is larger."""
+        return 1 << max(self.block_size_shift, self.vdis.shift_max)
+
     def observe(self, changed: Callable[[], None]) -> None:
         """``changed()`` is called after every change of status, epoch or ring."""
         self._observers.append(changed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from sheepdog.model.limits import BLOCK_SIZE_SHIFT_MAX
 from sheepdog.model.node import NodeId
 from sheepdog.model.vdi_state import VdiState
 from sheepdog.model.vid_bitmap import VidBitmap
@@ -17,7 +18,7 @@ from sheepdog.model.vid_bitmap import VidBitmap
 class VdiTable:
     """All known volumes."""
 
-    __slots__ = ("_schemes", "_snapshots", "_states", "deleted", "in_use")
+    __slots__ = ("_schemes", "_snapshots", "_states", "deleted", "in_use", "shift_max")
 
     def __init__(self) -> None:
         self.in_use = VidBitmap()
@@ -25,6 +26,7 @@ class VdiTable:
         self._states: dict[int, VdiState] = {}
         self._schemes: dict[int, tuple[int, int, int]] = {}
         self._snapshots: set[int] = set()
+        self.shift_max = 0  # of the objects of any volume that was ever known since the last format
 
     # ---- data path
 
@@ -54,6 +56,7 @@ class VdiTable:
         vid = state.vid
         self._states[vid] = state
         self._schemes[vid] = (state.copies, state.copy_policy, state.block_size_shift)
+        self.shift_max = max(self.shift_max, min(state.block_size_shift, BLOCK_SIZE_SHIFT_MAX))
         if state.snapshot:
             self._snapshots.add(vid)
         else:
@@ -85,6 +88,7 @@ class VdiTable:
         self.deleted.clear()
         self._states.clear()
         self._schemes.clear()
+        self.shift_max = 0
         self._snapshots.clear()
 
     def merge(self, states: Iterable[VdiState]) -> None:

@@ -5,7 +5,8 @@ is received where it is needed; a small body is copied out of the shared buffer 
 can be reused at once. Bodies handed out are therefore always owned by their request.
 
 Everything is bounded: a header that announces more than ``body_bytes_max`` is a ``ProtocolError``, and the memory of
-one connection is the receive buffer plus one body.
+one connection is the receive buffer plus one body. Whoever may have to do with objects that are larger says so by
+``larger``, which is asked only when a body is beyond the limit.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Decoder(Generic[F]):
         "_end",
         "_frame",
         "_has_body",
+        "_larger",
         "_start",
         "_unpack",
         "_view",
@@ -55,11 +57,16 @@ class Decoder(Generic[F]):
     )
 
     def __init__(
-        self, unpack: Callable[[memoryview, int], F], has_body: Callable[[F], bool], body_bytes_max: int
+        self,
+        unpack: Callable[[memoryview, int], F],
+        has_body: Callable[[F], bool],
+        body_bytes_max: int,
+        larger: Callable[[], int] | None,
     ) -> None:
         self._unpack: Callable[[memoryview, int], F] = unpack
         self._has_body: Callable[[F], bool] = has_body
         self.body_bytes_max = body_bytes_max
+        self._larger = larger
         self._buffer = bytearray(RECEIVE_BYTES)
         self._view = memoryview(self._buffer)
         self._start = 0  # unread bytes are buffer[start:end]
@@ -101,7 +108,7 @@ class Decoder(Generic[F]):
                 frames.append(frame)
                 continue
             length = frame.data_length
-            if length > self.body_bytes_max:
+            if length > self.body_bytes_max and (self._larger is None or length > self._larger()):
                 raise ProtocolError(f"a body of {length} bytes is announced, at most {self.body_bytes_max} are allowed")
             body_start = start + HEADER_BYTES
             if end - body_start >= length:
@@ -139,11 +146,18 @@ def _response_has_body(response: Response) -> bool:
     return response.data_length > 0
 
 
-def request_decoder(body_bytes_max: int = BODY_BYTES_MAX) -> Decoder[Request]:
-    """For the server side of a connection."""
-    return Decoder(unpack_request, _request_has_body, body_bytes_max)
+def request_decoder(
+    body_bytes_max: int = BODY_BYTES_MAX, *, larger: Callable[[], int] | None = None
+) -> Decoder[Request]:
+    """For the server side of a connection.
+
+    :param larger: the size of the largest object that there can be at this moment.
+    """
+    return Decoder(unpack_request, _request_has_body, body_bytes_max, larger)
 
 
-def response_decoder(body_bytes_max: int = BODY_BYTES_MAX) -> Decoder[Response]:
-    """For the client side of a connection."""
-    return Decoder(unpack_response, _response_has_body, body_bytes_max)
+def response_decoder(
+    body_bytes_max: int = BODY_BYTES_MAX, *, larger: Callable[[], int] | None = None
+) -> Decoder[Response]:
+    """For the client side of a connection; ``larger`` as in ``request_decoder``."""
+    return Decoder(unpack_response, _response_has_body, body_bytes_max, larger)
