@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import anyio
 from anyio.abc import TaskStatus
 
@@ -36,7 +38,7 @@ class Heads(FrontEnd):
             for info in await context.volumes.list():
                 volume = await context.volumes.open(info.name, snapshot=info.snap_id if info.snapshot else None)
                 try:
-                    data = await completed(lambda done, volume=volume: volume.read(0, self._length, done))
+                    data = await completed(partial(volume.read, 0, self._length))
                 finally:
                     await volume.aclose()
                 channel.write([f"{info.name} {bytes(data).hex()}\n".encode()])
