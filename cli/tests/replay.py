@@ -98,11 +98,15 @@ def normal_request(header: bytes, data: bytes) -> tuple[bytes, bytes]:
 
 
 class Script:
-    """The recorded sheep. ``ordered``: requests must come in the recorded order."""
+    """The recorded sheep.
 
-    def __init__(self, exchanges: Sequence[Exchange], *, ordered: bool = True) -> None:
+    ``ordered``: requests must come in the recorded order. ``again``: these opcodes are answered as often as asked.
+    """
+
+    def __init__(self, exchanges: Sequence[Exchange], *, ordered: bool = True, again: frozenset[int]) -> None:
         self.exchanges = list(exchanges)
         self.ordered = ordered
+        self.again = again
         self.unexpected: list[str] = []
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
@@ -135,7 +139,7 @@ class Script:
         wanted = normal_request(header, data)
         with self._lock:
             for exchange in self.exchanges:
-                if exchange.used:
+                if exchange.used and header[1] not in self.again:
                     continue
                 request = exchange.request
                 if request.port == port and normal_request(request.header, data_of(request)) == wanted:
@@ -240,10 +244,16 @@ def run_dog(
 
 
 def replay(
-    session: str, words: Sequence[str], *, stdin: bytes = b"", ordered: bool = True, port: int = 7900
+    session: str,
+    words: Sequence[str],
+    *,
+    stdin: bytes = b"",
+    ordered: bool = True,
+    port: int = 7900,
+    again: frozenset[int] = frozenset(),
 ) -> Outcome:
     """Runs dog against the recorded session."""
-    script = Script(load_session(session), ordered=ordered)
+    script = Script(load_session(session), ordered=ordered, again=again)
     kept = os.environ.get("SHEEPDOG_DOG_PORT")
     os.environ["SHEEPDOG_DOG_PORT"] = str(port)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import sys
+import types
 
 import pytest
 from clusters import NODES, Answer, Cluster, MiB
@@ -295,6 +296,51 @@ def test_no_progress_bar_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     Progress(10).advance(10)
 
     assert sys.stdout.getvalue() == ""
+
+
+def test_progress_of_data_on_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bar stands on stderr then; nowhere when the data itself is shown on the terminal. A line that was begun ends."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    progress = Progress(10 * MiB, data_on_stdout=True)
+    progress.advance(5 * MiB)
+    progress.end()
+    progress.end()
+
+    assert (
+        sys.stderr.getvalue() == "\r" + (" 50.0 % [" + "=" * 25 + ">" + " " * 24 + "] 5.0 MB / 10 MB").ljust(80) + "\n"
+    )
+    assert sys.stdout.getvalue() == ""
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    Progress(10, data_on_stdout=True).advance(10)
+    assert sys.stdout.getvalue() == "" and sys.stderr.getvalue().count("\r") == 1
+
+
+def test_recovery_is_followed_silently_in_a_pipe(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """-P waits for the end of the recovery; a pipe gets nothing, a terminal the phases and the bar."""
+    monkeypatch.setattr("sheepdog_cli.dog_commands.node_recovery.POLL_S", 0.0)
+    monkeypatch.setenv("COLUMNS", "60")
+    states = [(1, 0, 0, 0), (1, 1, 1, 4), (1, 1, 4, 4), (1, 2, 4, 4), (0, 0, 0, 0)]
+
+    def answers() -> None:
+        left = iter(states)
+        cluster.table[0x97] = lambda header, data: (0, struct.pack("<B3xIQQ", *next(left)), b"")
+
+    answers()
+    outcome = cluster.dog("node", "recovery", "-P")
+    assert (outcome.code, outcome.stdout, outcome.stderr) == (0, b"", "")
+
+    answers()
+    terminal = type("Wrapper", (io.TextIOWrapper,), {"isatty": lambda self: True})
+    monkeypatch.setattr("replay.io", types.SimpleNamespace(BytesIO=io.BytesIO, TextIOWrapper=terminal))
+    shown = cluster.dog("node", "recovery", "-P").stdout.decode().split("\r")
+    assert [part.rstrip(" ") for part in shown[1:]] == [
+        "preparing a checked object list...",
+        " 25.0 % [=======>" + " " * 22 + "] 1 / 4",
+        "100.0 % [" + "=" * 30 + "] 4 / 4" + " " * 14 + "\n",
+        "notifying a completion of recovery...\n",
+    ]
 
 
 def test_elapsed_time(cluster: Cluster) -> None:

@@ -63,7 +63,7 @@ def test_upgrade_epoch_and_location(tmp_path) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     old.write_bytes(b"".join(node.pack()[24:] for node in NODES[:2]) + bytes(8))
     missing = run_dog(["upgrade", "epoch-convert", str(old), str(new)])
-    assert (missing.code, missing.stderr) == (1, "please specify original version of epoch file\n")
+    assert (missing.code, missing.stderr) == (64, "please specify original version of epoch file\n")
     outcome = run_dog(["upgrade", "epoch-convert", "-o", "v0.7", str(old), str(new)])
 
     assert outcome.stderr == (

@@ -88,6 +88,20 @@ def test_bad_options(words: list[str], message: str) -> None:
     assert outcome.stderr == f"{message}\n{TRY}"
 
 
+@pytest.mark.parametrize(
+    ("typed", "shown"),
+    [("/usr/bin/dog", "dog"), ("/opt/x/dog", "/opt/x/dog"), ("./dog", "./dog"), ("dog", "dog")],
+)
+def test_program_name(typed: str, shown: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Messages about options begin with the program's name as it was typed, which for one on the PATH is the bare name."""
+    from sheepdog_cli import dog as program
+
+    monkeypatch.setenv("PATH", "/bin:/usr/bin")
+
+    assert program.run([typed, "node", "list", "-Q"]) == 64
+    assert capsys.readouterr().err == f"{shown}: invalid option -- 'Q'\n{TRY}"
+
+
 @pytest.mark.parametrize("row", COMMANDS, ids=lambda row: f"{row.family}-{row.name}")
 def test_usage_of_each(row) -> None:
     """``-h`` shows the usage on stdout, exit 0, whatever else stands there."""
@@ -227,7 +241,9 @@ def test_bad_values(words: list[str], code: int, message: str) -> None:
         (["vdi", "snapshot", "a", "-s", "12"], "Please specify a non-integer value for a snapshot tag name"),
         (["vdi", "clone", "a"], "Destination VDI name must be specified"),
         (["vdi", "clone", "a", "b"], "Only snapshot VDIs can be cloned\nPlease specify the '-s' option"),
+        (["vdi", "clone", "-s", "", "a", "b"], "Only snapshot VDIs can be cloned\nPlease specify the '-s' option"),
         (["vdi", "rollback", "a"], "Please specify the '-s' option"),
+        (["vdi", "rollback", "-f", "-s", "", "a"], "Please specify the '-s' option"),
         (["vdi", "setattr", "a"], "Please specify the attribute key"),
         (["vdi", "getattr", "a"], "Please specify the attribute key"),
         (["node", "format", "/x"], "specify store format"),

@@ -292,10 +292,70 @@ def test_alter_copy_steps(cluster: Cluster) -> None:
 def test_restore_looks_at_the_stream_first(cluster: Cluster, stream: bytes, code: int, message: str) -> None:
     """A bad stream changes nothing."""
     volume(cluster)
+    cluster.add_vdi(InodeHeader(name=b"a", tag=b"t", snap_ctime=1, nr_copies=1, block_size_shift=22, vdi_id=8))
     outcome = cluster.dog("vdi", "restore", "a", "-s", "t", stdin=stream)
 
     assert (outcome.code, outcome.stderr) == (code, message + "\n")
     assert not {0x03, 0x11, 0x17} & {opcode for opcode, _, _ in cluster.seen}
+
+
+def test_restore_onto_an_unknown_snapshot(cluster: Cluster) -> None:
+    """The snapshot is looked for before the stream is read, as the original does."""
+    volume(cluster)
+    outcome = cluster.dog("vdi", "restore", "a", "-s", "t")
+
+    assert (outcome.code, outcome.stdout) == (1, b"")
+    assert outcome.stderr == (
+        "Failed to open VDI a (snapshot id: 0 snapshot tag: t): Failed to find requested tag\n"
+        "Snapshot ID 0 or tag t doesn't exist\n"
+    )
+
+
+def test_columns_are_counted_in_bytes(cluster: Cluster) -> None:
+    """printf pads bytes, not letters, and scripts cut columns where it puts them."""
+    cluster.add_vdi(
+        InodeHeader(name="bär".encode(), tag="über".encode(), snap_ctime=1, snap_id=1, nr_copies=1,
+                    block_size_shift=22, vdi_id=9)
+    )  # fmt: skip
+    cluster.table[0xAB] = lambda header, data: (
+        0, VdiState(9, lock_state=LockState.LOCKED, owner=NODES[0].id).pack(), b"",
+    )  # fmt: skip
+
+    row = cluster.dog("vdi", "list").stdout.splitlines()[1]
+    assert row.startswith("s bär         1".encode()) and row.endswith("      1         über  22".encode())
+    assert 'label = "Name:       bär\\nTag: '.encode() in cluster.dog("vdi", "graph").stdout
+    assert cluster.dog("vdi", "lock", "list").stdout.splitlines()[1] == (
+        "s bär          1       9  über          IPv4 ip:10.0.0.4 port:7000".encode()
+    )
+
+
+def test_rollback_without_a_working_vdi(cluster: Cluster) -> None:
+    """A rollback that was interrupted between its two steps can be repeated; nothing is said about the missing state."""
+    cluster.add_vdi(
+        InodeHeader(name=b"a", tag=b"t", snap_ctime=1, snap_id=1, nr_copies=1, block_size_shift=22, vdi_id=8)
+    )
+    cluster.table[0x11] = lambda header, data: (0, b"", struct.pack("<4xIIBB", 10, 0, 1, 22))
+    outcome = cluster.dog("vdi", "rollback", "-f", "-v", "-r", "-s", "t", "a")
+
+    assert (outcome.code, outcome.stdout, outcome.stderr) == (0, b"a\n", "")
+
+
+def test_refused_alter_copy_changes_nothing(cluster: Cluster) -> None:
+    """When the sheep refuse another number of copies the inode says the old one again."""
+    volume(cluster)
+    written: list[int] = []
+
+    def write(header: bytes, data: bytes) -> Answer:
+        written.append(data[554])
+        return 0, b"", b""
+
+    cluster.table |= {0x03: write, 0xC0: lambda header, data: (0x19, b"", b"")}
+    outcome = cluster.dog("vdi", "alter-copy", "-f", "-c", "2", "a")
+
+    assert (outcome.code, written) == (1, [2, 1])
+    assert outcome.stderr == (
+        "IO has halted as there are not enough living nodes\nChanging a's redundancy level failure.\n"
+    )
 
 
 def test_restore_of_a_cut_stream(cluster: Cluster) -> None:

@@ -62,7 +62,8 @@ def test_show_refusals(recorded: Path) -> None:
         assert outcome.stderr == "Snapshot index or tag does not exist.\nFail to show snapshot\n"
     outcome = show(recorded / "user_snap", "cs1")
     assert outcome.stderr == (
-        f"Path is not a directory: {recorded}/user_snap\nFail to init farm.\nFail to show snapshot\n"
+        f"Path is not a directory: {recorded}/user_snap\nFail to create directory: Not a directory\n"
+        "Fail to init farm.\nFail to show snapshot\n"
     )
     session = "dog-cluster-snapshot-show-1n.jsonl"
     missing = replay.replay(session, ["cluster", "snapshot", "show", "cs1"])

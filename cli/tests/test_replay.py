@@ -39,6 +39,10 @@ MORE_REQUESTS = {
     "name; otherwise names are not found up to the newest snapshot",
 }
 
+# Before our dog speaks of damage it looks again, since it may have seen a write on its way. The recording knows only
+# digests of the strips, so what is replayed does not fit together.
+LOOKS_AGAIN = {"dog-vdi-check-ec-3n": frozenset({0xA4})}
+
 ANSWERS = {
     "cluster recover force": b"yes\n",
     "cluster snapshot load": b"yes\n",
@@ -94,7 +98,9 @@ def test_session(row: dict, tmp_path: Path) -> None:
         words = [str(directory) if word == "/srv/cs" else word for word in words]
     ordered = name not in FEWER_REQUESTS and not any(part in name for part in PARALLEL)
 
-    outcome = replay.replay(row["file"], words, stdin=stdin_of(row), ordered=ordered)
+    outcome = replay.replay(
+        row["file"], words, stdin=stdin_of(row), ordered=ordered, again=LOOKS_AGAIN.get(name, frozenset())
+    )
 
     assert outcome.unexpected == []
     if name not in FEWER_REQUESTS:

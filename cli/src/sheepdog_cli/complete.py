@@ -86,7 +86,8 @@ def choices(command: Command, words: Sequence[str], incomplete: str) -> list[Cho
         from sheepdog_cli.dog_commands.node_log import LEVELS
 
         return _fitting([Choice(name) for name in LEVELS], incomplete)
-    if not positionals and command.synopsis.startswith(_NAMES_FIRST) and given.positionals != ["dump-inode"]:
+    saved = command.family == "cluster" and command.name == "snapshot" and len(positionals) >= 2
+    if saved or (not positionals and command.synopsis.startswith(_NAMES_FIRST) and given.positionals != ["dump-inode"]):
         names = dict.fromkeys(name for name, _ in _vdis(given))
         return _fitting([Choice(name) for name in names], incomplete)
     return []

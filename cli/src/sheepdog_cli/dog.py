@@ -69,7 +69,6 @@ def run(argv: Sequence[str], connect: Callable[[str], socket.socket] = open_sock
         from sheepdog_cli.oplog import log_invocation
 
         log_invocation(argv)
-    program = os.path.basename(argv[0])
     words = list(argv[1:])
     if not words or words[0] in ("help", "--help", "-h"):
         sys.stdout.write(overview())
@@ -89,7 +88,7 @@ def run(argv: Sequence[str], connect: Callable[[str], socket.socket] = open_sock
         return EXIT_USAGE
     nested: list[Nested] = []
     try:
-        return _run_command(program, command, nested, words[2:], connect)
+        return _run_command(_as_typed(argv[0]), command, nested, words[2:], connect)
     except Usage as misused:
         sys.stdout.write(usage(command, nested))
         return misused.code
@@ -145,6 +144,12 @@ def _run_command(
         return _timed(session, nodes)
     finally:
         session.close()
+
+
+def _as_typed(program: str) -> str:
+    """The program's name as it was typed: an interpreter is told the path even when the shell looked the name up."""
+    directory, name = os.path.split(program)
+    return name if directory in os.environ.get("PATH", "").split(os.pathsep) else program
 
 
 def _timed(session: Session, nodes: bool) -> int:

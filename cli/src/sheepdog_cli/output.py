@@ -61,14 +61,19 @@ def print_bytes(data: bytes | bytearray | memoryview) -> None:
 
 
 class Progress:
-    """A bar on the terminal; nothing at all when stdout is no terminal."""
+    """A bar on the terminal; nothing at all when nobody looks there."""
 
-    def __init__(self, total: int, *, count: bool = False) -> None:
-        """:param count: the numbers are objects, not bytes."""
+    def __init__(self, total: int, *, count: bool = False, data_on_stdout: bool = False) -> None:
+        """:param count: the numbers are objects, not bytes.
+        :param data_on_stdout: stdout gets the data that is moved, so the bar goes to stderr; and nowhere if the data is
+            shown on a terminal.
+        """
         self.total = total
         self.done = 0
         self._count = count
-        self._shown = sys.stdout.isatty()
+        self._stream = sys.stderr if data_on_stdout else sys.stdout
+        self._shown = sys.stdout.isatty() != data_on_stdout and self._stream.isatty()
+        self._open = False  # the line was begun and not ended
 
     def advance(self, amount: int) -> None:
         self.set(self.done + amount)
@@ -85,8 +90,16 @@ class Progress:
         filled = min(cells, cells * done // self.total)
         bar = ("=" * filled + ">").ljust(cells)[:cells] if filled < cells else "=" * cells
         text = f"{done * 100 / self.total:5.1f} % [{bar}] {self._text(done)} / {self._text(self.total)}"
-        sys.stdout.write("\r" + text.ljust(columns) + ("\n" if done == self.total else ""))
-        sys.stdout.flush()
+        self._open = done != self.total
+        self._stream.write("\r" + text.ljust(columns) + ("" if self._open else "\n"))
+        self._stream.flush()
+
+    def end(self) -> None:
+        """Nothing more comes: the line ends, also where less was moved than had been expected."""
+        if self._open:
+            self._open = False
+            self._stream.write("\n")
+            self._stream.flush()
 
     def _text(self, amount: int) -> str:
         return str(amount) if self._count else format_size(amount)

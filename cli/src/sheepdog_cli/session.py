@@ -196,6 +196,14 @@ class Session:
         self._connections.clear()
 
 
+def pad(text: str, width: int) -> str:
+    """The text in a column of so many bytes, as printf counts them; to the right of it if ``width`` is negative."""
+    import os
+
+    blanks = " " * (abs(width) - len(os.fsencode(text)))
+    return blanks + text if width < 0 else text + blanks
+
+
 def name_bytes(text: str) -> bytes:
     """A vdi name, tag or key as it is stored: cut to 255 bytes, without the NUL."""
     import os

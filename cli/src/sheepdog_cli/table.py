@@ -2,7 +2,8 @@
 
 Each subcommand names the module of ``sheepdog_cli.dog_commands`` that does it; nothing else of the package is imported
 for it. ``letters`` gives its options in the order in which its usage shows them; a letter means what the family's
-option list says, else what ``COMMON`` says. ``--json`` is the only option without a letter.
+option list says, else what ``COMMON`` says. Options without a letter are our own: ``--json`` on listings, and those of
+``long``.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Command(NamedTuple):
     needs_argument: bool = False
     nested: tuple[Nested, ...] = ()
     json: bool = False
+    long: tuple[Option, ...] = ()
 
 
 RAW_HELP = "raw output: no headings, sizes in bytes,\n" + " " * 26 + "words separated by single blanks"
@@ -52,6 +54,7 @@ COMMON = {
 }
 
 JSON = Option("", "json", "", "print one JSON document")
+DRY_RUN = Option("", "dry-run", "", "say what is wrong and repair nothing")
 
 
 def _options(*rows: Option) -> dict[str, Option]:
@@ -156,7 +159,7 @@ _SNAPSHOT = (
 
 COMMANDS: tuple[Command, ...] = (
     Command("vdi", "check", "compare the copies of a vdi and repair them", "seaphT", "vdi_check",
-            "<vdiname>", True, True),
+            "<vdiname>", True, True, long=(DRY_RUN,)),
     Command("vdi", "create", "make a new vdi", "PycaphrvzT", "vdi_create", "<vdiname> <size>", True, True),
     Command("vdi", "snapshot", "freeze the state of a vdi", "saphrvTR", "vdi_snapshot", "<vdiname>", False, True),
     Command("vdi", "clone", "make a vdi from a snapshot", "sPnaphrvT", "vdi_clone", "<src vdi> <dst vdi>", False, True),
@@ -184,22 +187,23 @@ COMMANDS: tuple[Command, ...] = (
             "[<max> <interval>]", True, False, _RECOVERY, True),
     Command("node", "md", "look at or change the disks", "aprAfhT", "node_md", "[disks]", False, True, _MD, True),
     Command("node", "stat", "show the counters of a node", "aprwhT", "node_stat", json=True),
-    Command("node", "log", "look at or change the log level", "aphT", "node_log", "", False, True, _LOG),
+    Command("node", "log", "look at or change the log level", "aphT", "node_log", "", False, True, _LOG, True),
     Command("node", "vnodes", "change the number of virtual nodes", "aph", "node_vnodes",
             "<num of vnodes>", False, True,
             (Nested("set", "change the number of virtual nodes", True),)),
     Command("node", "format", "write the store format of a node", "aphT", "node_format",
             "<directory of sheep> <a name of store format>", False, True),
     Command("cluster", "info", "show the cluster and its epochs", "aprhvTd", "cluster_info", nodes=True, json=True),
-    Command("cluster", "driver", "show what keeps the cluster together", "aprhT", "cluster_driver", json=True),
     Command("cluster", "format", "make a new, empty cluster", "bcltaphzTVRfF", "cluster_format", nodes=True),
     Command("cluster", "shutdown", "stop all nodes", "aphT", "cluster_admin"),
     Command("cluster", "snapshot", "save and load the cluster", "aphTm", "cluster_snapshot",
             "<tag|idx> <path> [vdi1] [vdi2] ...", False, True, _SNAPSHOT, True),
     Command("cluster", "recover", "control recovery", "afphT", "cluster_admin", "", False, True, _RECOVER),
     Command("cluster", "reweight", "measure all disks again", "aphT", "cluster_admin"),
-    Command("cluster", "check", "check and repair all vdis", "aphT", "cluster_check", nodes=True),
+    Command("cluster", "check", "check and repair all vdis", "aphT", "cluster_check", nodes=True,
+            long=(DRY_RUN,)),
     Command("cluster", "alter-copy", "change the default number of copies", "aphTcf", "cluster_alter_copy", nodes=True),
+    Command("cluster", "driver", "show what keeps the cluster together", "aprhT", "cluster_driver", json=True),
     Command("trace", "enable", "start a tracer", "aph", "trace", "<tracer>", False, True),
     Command("trace", "disable", "stop a tracer and fetch what it saw", "aph", "trace", "<tracer>", False, True),
     Command("trace", "status", "show the tracers", "aph", "trace"),
@@ -237,6 +241,7 @@ def options_of(command: Command) -> list[Option]:
     """The options that the subcommand takes, in the order of its usage."""
     family = FAMILY_OPTIONS[command.family]
     options = [family.get(letter) or COMMON[letter] for letter in command.letters]
+    options.extend(command.long)
     if command.json:
         options.append(JSON)
     return options

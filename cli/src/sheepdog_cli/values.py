@@ -16,13 +16,16 @@ U64_MAX = (1 << 64) - 1
 
 
 class Selector:
-    """Which snapshot: by id (then ``tag`` is empty) or by tag (then ``snap_id`` is 0)."""
+    """Which snapshot: by id (then ``tag`` is empty) or by tag (then ``snap_id`` is 0). False where it names none."""
 
     __slots__ = ("snap_id", "tag")
 
     def __init__(self, snap_id: int = 0, tag: bytes = b"") -> None:
         self.snap_id = snap_id
         self.tag = tag
+
+    def __bool__(self) -> bool:
+        return bool(self.snap_id or self.tag)
 
 
 NO_SELECTOR = Selector()
@@ -163,7 +166,9 @@ def apply(options: Options, family: str, letter: str, name: str, text: str) -> N
     :raises Quit: its argument is bad; said on stderr.
     """
     value: Any = True  # Any: each option has its own type
-    if letter == "a":
+    if not letter:
+        pass  # those without a letter are flags
+    elif letter == "a":
         value = resolve(text)
     elif letter == "p":
         value = parse_port(text)

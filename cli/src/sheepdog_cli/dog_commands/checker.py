@@ -1,9 +1,15 @@
-"""Compares all copies of objects and repairs them; several objects at a time, each thread with its own connections."""
+"""Compares all copies of objects and repairs them; several objects at a time, each thread with its own connections.
+
+What is seen from outside may be a write on its way, so it is only a reason to look again. Whether a copy is replaced or
+a strip made anew is decided by the object's primary, alone in the object's lane. Sheep of the original know nothing of
+that for strips; there dog writes the strip itself, as the original does.
+"""
 
 from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +21,7 @@ from sheepdog.errors import ProtocolError, SheepdogError, TransportError
 from sheepdog.model.ids import always_replicated, format_oid, object_bytes
 from sheepdog.model.inode import InodeHeader
 from sheepdog.model.ring import Ring
-from sheepdog.wire.extensions import REPAIR_NEEDLESS
+from sheepdog.wire.extensions import REPAIR_NEEDLESS, SETTLE
 from sheepdog_cli.output import Progress
 from sheepdog_cli.session import EXIT_FAILURE, RESULT_EIO, Quit, Session, complain, describe, fail
 
@@ -30,8 +36,13 @@ OP_REPAIR_REPLICA = 0xC5
 
 RESULT_SUCCESS = 0x00
 RESULT_NO_OBJ = 0x02
+RESULT_INVALID_PARMS = 0x05
+RESULT_OLD_NODE_VER = 0x81
+RESULT_NEW_NODE_VER = 0x82
 
 THREADS = 8
+LOOKS = 3  # a difference that is still there after so many is no write on its way
+PAUSE_S = 0.2
 
 _FORW = Struct("<Q16sH6x")
 
@@ -41,10 +52,17 @@ class Stopped(Exception):
 
 
 class Checker:
-    """Checks the objects of one vdi."""
+    """Checks the objects of one vdi. ``wrong``: how many objects were found that are not as they should be."""
 
-    def __init__(self, session: Session, header: InodeHeader, progress: Progress | None = None) -> None:
-        """:raises Quit: too few zones for the erasure code, or nothing installed that knows it; said on stderr."""
+    def __init__(
+        self, session: Session, header: InodeHeader, progress: Progress | None = None, *, dry_run: bool = False
+    ) -> None:
+        """:param dry_run: say what is wrong and change nothing.
+
+        :raises Quit: too few zones for the erasure code, or nothing installed that knows it; said on stderr.
+        """
+        self.wrong = 0
+        self._dry_run = dry_run
         self._session = session
         self._header = header
         self._ring = Ring(session.nodes)
@@ -72,6 +90,7 @@ class Checker:
                         pool.shutdown(wait=False, cancel_futures=True)
                         break
         finally:
+            self._end_bar()
             for connection in self._connections:
                 connection.close()
         if failures:
@@ -98,21 +117,38 @@ class Checker:
 
     # --- copies ---
 
-    def _check_copies(self, oid: int, holders: tuple[Node, ...]) -> None:
-        epoch = self._session.epoch
+    def _digests(self, oid: int, holders: tuple[Node, ...]) -> dict[int, bytes]:
         digests: dict[int, bytes] = {}
         for at, node in enumerate(holders):
-            response = self._call(node, oid, OP_GET_HASH, oid=oid, tgt_epoch=epoch)
+            response = self._call(node, oid, OP_GET_HASH, oid=oid, tgt_epoch=self._session.epoch)
             if response.result == RESULT_SUCCESS:
                 digests[at] = response.header[24:44]
             elif response.result != RESULT_NO_OBJ:
                 raise Stopped(f"failed to read {format_oid(oid)} from {node.id.text}, {describe(response.result)}")
+        return digests
+
+    def _check_copies(self, oid: int, holders: tuple[Node, ...]) -> None:
+        digests = self._digests(oid, holders)
+        for _ in range(LOOKS - 1):
+            # Only where nothing is repaired: a repair is looked into by the primary.
+            if len(set(digests.values())) < 2 or not (self._dry_run or _no_majority(digests)):
+                break
+            time.sleep(PAUSE_S)
+            digests = self._digests(oid, holders)
         if not digests:
-            self._complain(f"no node has {format_oid(oid)}")
+            self._wrong(f"no node has {format_oid(oid)}")
             return
-        digest, votes = Counter(digests.values()).most_common(1)[0]
-        if votes * 2 <= len(digests):
-            self._complain(f"no majority of {format_oid(oid)}")
+        if _no_majority(digests):
+            self._wrong(f"no majority of {format_oid(oid)}")
+            return
+        digest, _ = Counter(digests.values()).most_common(1)[0]
+        if self._dry_run:
+            found = [
+                f"{'differing' if at in digests else 'missing'} {format_oid(oid)} on {node.id.text}"
+                for at, node in enumerate(holders)
+                if digests.get(at) != digest
+            ]
+            self._say(*found)
             return
         source = next(holders[at] for at in digests if digests[at] == digest)
         for at, node in enumerate(holders):
@@ -125,46 +161,71 @@ class Checker:
                     continue  # a write was on its way when we compared
                 self._say(f"fixed {'replica' if at in digests else 'missing'} {format_oid(oid)}")
             else:
-                self._complain(f"failed to repair object {format_oid(oid)} from {source.id.text} to {node.id.text}")
+                self._wrong(f"failed to repair object {format_oid(oid)} from {source.id.text} to {node.id.text}")
 
     # --- strips ---
 
+    def _strip(self, oid: int, node: Node, at: int, length: int) -> bytearray | None:
+        epoch = self._session.epoch
+        response = self._call(
+            node, oid, OP_READ_PEER, epoch=epoch, tgt_epoch=epoch, oid=oid, ec_index=at, data_length=length
+        )
+        if response.result == RESULT_SUCCESS:
+            return response.body
+        if response.result == RESULT_NO_OBJ:
+            return None
+        raise Stopped(f"failed to read {format_oid(oid)} from {node.id.text}, {describe(response.result)}")
+
+    def _strips(self, oid: int, holders: tuple[Node, ...], length: int) -> dict[int, bytearray]:
+        read = ((at, self._strip(oid, node, at, length)) for at, node in enumerate(holders))
+        return {at: strip for at, strip in read if strip is not None}
+
     def _check_strips(self, oid: int, holders: tuple[Node, ...], scheme: RedundancyScheme) -> None:
         length = scheme.shard_bytes(object_bytes(oid, self._header.block_size_shift))
-        strips: dict[int, bytearray] = {}
-        for at, node in enumerate(holders):
-            response = self._call(
-                node, oid, OP_READ_PEER, epoch=self._session.epoch, tgt_epoch=self._session.epoch,
-                oid=oid, ec_index=at, data_length=length,
-            )  # fmt: skip
-            if response.result == RESULT_SUCCESS:
-                strips[at] = response.body
-            elif response.result != RESULT_NO_OBJ:
-                raise Stopped(f"failed to read {format_oid(oid)} from {node.id.text}, {describe(response.result)}")
+        strips = self._strips(oid, holders, length)
+        for _ in range(LOOKS - 1):
+            if len(strips) < len(holders) or scheme.verify(strips):
+                break
+            time.sleep(PAUSE_S)
+            strips = self._strips(oid, holders, length)
         missing = [at for at in range(len(holders)) if at not in strips]
         if not missing:
             if not scheme.verify(strips):
-                self._complain(f"object {format_oid(oid)} is inconsistent")
+                self._wrong(f"object {format_oid(oid)} is inconsistent")
             return
         spare = scheme.shards - scheme.shards_to_read
         if len(missing) > spare:
-            self._complain(
+            self._wrong(
                 f"failed to rebuild object {format_oid(oid)}. {len(missing)} copies get lost, more than {spare}"
             )
-            return
-        enough = dict(list(strips.items())[: scheme.shards_to_read])
-        for at in missing:
-            self._write_strip(oid, holders[at], at, bytes(scheme.rebuild(at, enough)))
+        elif self._dry_run:
+            self._say(*(f"missing {format_oid(oid)}, copy index {at} on {holders[at].id.text}" for at in missing))
+        else:
+            enough = dict(list(strips.items())[: scheme.shards_to_read])
+            self._mend_strips(oid, holders, {at: bytes(scheme.rebuild(at, enough)) for at in missing})
 
-    def _write_strip(self, oid: int, node: Node, at: int, strip: bytes) -> None:
+    def _mend_strips(self, oid: int, holders: tuple[Node, ...], wanted: dict[int, bytes]) -> None:
+        epoch = self._session.epoch
+        asked = self._call(holders[0], oid, SETTLE, epoch=epoch, oid=oid)
+        if asked.result in (RESULT_OLD_NODE_VER, RESULT_NEW_NODE_VER):
+            raise Stopped(f"failed to read {format_oid(oid)} from {holders[0].id.text}, {describe(asked.result)}")
+        for at, strip in wanted.items():
+            node = holders[at]
+            if asked.result == RESULT_INVALID_PARMS:
+                mended = self._write_strip(oid, node, at, strip)
+            else:
+                mended = self._strip(oid, node, at, 1) is not None
+            if mended:
+                self._say(f"fixed missing {format_oid(oid)}, copy index {at}")
+            else:
+                self._wrong(f"failed to repair object {format_oid(oid)} from {holders[0].id.text} to {node.id.text}")
+
+    def _write_strip(self, oid: int, node: Node, at: int, strip: bytes) -> bool:
         response = self._call(
             node, oid, OP_CREATE_AND_WRITE_PEER, epoch=self._session.epoch, oid=oid, ec_index=at,
             copies=self._header.nr_copies, copy_policy=self._header.copy_policy, body=strip,
         )  # fmt: skip
-        if response.result == RESULT_SUCCESS:
-            self._say(f"fixed missing {format_oid(oid)}, copy index {at}")
-        else:
-            self._complain(f"failed to repair object {format_oid(oid)} from {self._session.address} to {node.id.text}")
+        return bool(response.result == RESULT_SUCCESS)
 
     # --- talking ---
 
@@ -182,13 +243,25 @@ class Checker:
         except (TransportError, ProtocolError) as error:
             raise Stopped(f"failed to read {format_oid(about)} from {address}, {describe(RESULT_EIO)}") from error
 
-    def _say(self, text: str) -> None:
+    def _say(self, *lines: str) -> None:
         with self._lock:
-            sys.stdout.write(text + "\n")
+            self._end_bar()
+            self.wrong += bool(lines)
+            sys.stdout.write("".join(line + "\n" for line in lines))
 
-    def _complain(self, text: str) -> None:
+    def _wrong(self, text: str) -> None:
         with self._lock:
+            self._end_bar()
+            self.wrong += 1
             complain(text)
+
+    def _end_bar(self) -> None:
+        if self._progress is not None:
+            self._progress.end()
+
+
+def _no_majority(digests: dict[int, bytes]) -> bool:
+    return bool(digests) and Counter(digests.values()).most_common(1)[0][1] * 2 <= len(digests)
 
 
 def _scheme(header: InodeHeader) -> RedundancyScheme:

@@ -43,16 +43,24 @@ def run(session: Session) -> None:
 
 
 def format_cluster(
-    session: Session, *, store: str, copies: int, policy: int, shift: int, flags: int, fixed: bool, force: bool
+    session: Session,
+    *,
+    store: str,
+    copies: int,
+    policy: int,
+    shift: int,
+    flags: int,
+    fixed: bool | None,
+    force: bool,
 ) -> None:
     """The cluster is new and empty, after the questions that were due.
 
     :param copies: 0 for the daemon's default.
+    :param fixed: whether the numbers of virtual nodes are fixed; ``None``: as the sheep were started.
     :raises Quit: declined or refused; said.
     """
-    if not fixed:
+    if not check_vnode_strategy(session, fixed):
         flags |= admin.FLAG_AUTO_VNODES
-    check_vnode_strategy(session, fixed)
     zones = len({node.zone for node in session.nodes if node.vnodes})
     if copies > zones:
         confirm(f"Number of copies ({copies}) is larger than number of zones ({zones}).\n{QUESTION}")
@@ -85,9 +93,10 @@ def format_cluster(
     raise Quit(EXIT_SYSTEM)
 
 
-def check_vnode_strategy(session: Session, fixed: bool) -> None:
-    """Every storage node was started with the strategy that the format asks for.
+def check_vnode_strategy(session: Session, fixed: bool | None) -> bool:
+    """Every storage node was started with the strategy that the format asks for. Whether that is the fixed one.
 
+    :param fixed: ``None`` if any will do that all of them have.
     :raises Quit: some was not; said.
     """
     for node in session.nodes:
@@ -100,10 +109,13 @@ def check_vnode_strategy(session: Session, fixed: bool) -> None:
         if node.vnodes == 0:
             continue
         auto = bool(info.flags & admin.FLAG_AUTO_VNODES)
+        if fixed is None:
+            fixed = not auto
         if fixed and auto:
             fail(f"Can not apply the option of '-V', because {STATUS_OF_ANY_FIXED} auto in the cluster")
         if not fixed and not auto:
             fail(f"Need to specify the option of '-V', because {STATUS_OF_ANY_FIXED} fixed in the cluster")
+    return bool(fixed)
 
 
 def _print_stores(session: Session) -> None:

@@ -61,10 +61,7 @@ def _verbose(result: int, newest: EpochLogEntry | None, status: str, raw: bool) 
         out(label("Cluster store: ") + status + "\n")
     else:
         copies = format_redundancy(newest.copies, newest.copy_policy)
-        if raw:
-            out(f"{newest.store} {copies}\n")
-        else:
-            out(f"Cluster store: {newest.store} with {copies} redundancy policy\n")
+        out(label("Cluster store: ") + f"{newest.store} with {copies} redundancy policy\n")
         strategy = "auto" if newest.flags & admin.FLAG_AUTO_VNODES else "fixed"
         out(label("Cluster vnodes strategy: ") + strategy + "\n")
     mode = "disk" if newest is not None and newest.flags & admin.FLAG_DISK_MODE else "node"

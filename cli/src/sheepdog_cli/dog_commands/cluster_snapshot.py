@@ -243,8 +243,8 @@ def _load(session: Session) -> None:
         policy=log.copy_policy,
         shift=log.block_size_shift,
         flags=0,
-        fixed="fixedvnodes" in session.options,
-        force=session.options.force,
+        fixed=None,
+        force=False,
     )
     try:
         _load_objects(session, farm, entries)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -40,7 +41,8 @@ class Farm:
         self._objects = os.path.join(path, OBJECTS_NAME)
         self._log_path = os.path.join(path, LOG_NAME)
         if os.path.exists(path) and not os.path.isdir(path):
-            raise FarmError(f"Path is not a directory: {path}")
+            reason = os.strerror(errno.ENOTDIR)
+            raise FarmError(f"Path is not a directory: {path}\nFail to create directory: {reason}")
         try:
             os.makedirs(path, 0o755, exist_ok=True)
             os.makedirs(self._objects, 0o755, exist_ok=True)

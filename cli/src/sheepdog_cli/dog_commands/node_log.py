@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sheepdog.errors import TransportError
+from sheepdog_cli.output import print_json
 from sheepdog_cli.session import EXIT_DAEMON_REFUSED, RESULT_SUCCESS, Quit, Session, Usage, complain, describe, fail
 
 OP_GET_LOGLEVEL = 0xB9
@@ -14,7 +15,9 @@ def run(session: Session) -> None:
     if len(session.nested) < 2:
         raise Usage
     word = session.nested[1]
-    if word == "list":
+    if word == "list" and session.options.json:
+        print_json([{"level": name, "number": number} for number, name in enumerate(LEVELS)])
+    elif word == "list":
         _list()
     elif word == "get":
         _get(session)
@@ -36,6 +39,9 @@ def _get(session: Session) -> None:
     if response.result != RESULT_SUCCESS or number >= len(LEVELS):
         complain(describe(response.result))
         fail("Failed to execute request", EXIT_DAEMON_REFUSED)
+    if session.options.json:
+        print_json({"level": LEVELS[number], "number": number})
+        return
     complain(f"{LEVELS[number]} ({number})")
 
 

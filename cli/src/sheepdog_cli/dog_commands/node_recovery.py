@@ -99,14 +99,14 @@ def _follow(session: Session) -> None:
             if progress is None or progress.total != state.total:
                 progress = Progress(state.total, count=True)
             progress.set(state.finished)
-        if text and text != shown:
+        if text and text != shown and out.isatty():
             out.write(text)
             out.flush()
         shown = text or shown
         time.sleep(POLL_S)
     if progress is not None and progress.done != progress.total:
         progress.set(progress.total)
-    elif shown:
+    elif shown and out.isatty():
         out.write("\n")
 
 

@@ -42,10 +42,10 @@ def _target(session: Session) -> str:
     return path
 
 
-def _version(session: Session, what: str) -> str:
+def _version(session: Session, what: str, code: int) -> str:
     version: str | None = session.options.get("orig-version")
     if version is None:
-        fail(f"please specify original version of {what} file", EXIT_FAILURE)
+        fail(f"please specify original version of {what} file", code)
     return version
 
 
@@ -76,7 +76,7 @@ def _inode(session: Session) -> None:
     )
 
     target = _target(session)
-    version = _version(session, "inode")
+    version = _version(session, "inode", EXIT_FAILURE)
     old = _read(session.arguments[0], "failed to open original inode file")
     if len(old) < HEADER_BYTES:
         fail(f"failed to read original inode file: {os.strerror(0)}", EXIT_SYSTEM)
@@ -97,7 +97,7 @@ def _epoch(session: Session) -> None:
     from sheepdog_cli.dog_commands.vdi_lock import node_text
 
     target = _target(session)
-    _version(session, "epoch")
+    _version(session, "epoch", EXIT_USAGE)
     old = _read(session.arguments[0], "failed to open epoch log file")
     records, time = old[:-TIME_BYTES], old[-TIME_BYTES:]
     if len(time) < TIME_BYTES or not records:

@@ -6,8 +6,7 @@ import sys
 from dataclasses import replace
 from struct import Struct
 
-from sheepdog.errors import RequestError, TransportError
-from sheepdog_cli.dog_commands.common import complain_object, open_inode
+from sheepdog_cli.dog_commands.common import failing_with, open_inode
 from sheepdog_cli.dog_commands.vdi_walk import walk
 from sheepdog_cli.output import QUESTION, confirm, confirm_banner
 from sheepdog_cli.session import RESULT_SUCCESS, Session, complain, describe, fail, misuse, name_bytes
@@ -61,16 +60,12 @@ def run(session: Session) -> None:
             "Caution! Changing VDI's redundancy level will affect", "the VDI itself only and trigger recovery."
         )
     failure = f"Changing {shown}'s redundancy level failure."
-    try:
+    variant = VDI_STATE_VARIANT.pack(0, header.vdi_id, copies, 0, header.copy_policy, header.block_size_shift)
+    with failing_with(failure):
         inode.write_header(replace(header, nr_copies=copies))
-        variant = VDI_STATE_VARIANT.pack(0, header.vdi_id, copies, 0, header.copy_policy, header.block_size_shift)
         response = session.call(OP_ALTER_VDI_COPY, variant=variant)
-    except RequestError as error:
-        complain_object(error)
-        fail(failure)
-    except TransportError:
-        fail(failure)
-    if response.result != RESULT_SUCCESS:
-        complain(describe(response.result))
-        fail(failure)
+        if response.result != RESULT_SUCCESS:
+            complain(describe(response.result))
+            inode.write_header(header)  # what was refused has changed nothing
+            fail(failure)
     complain(f"{shown}'s redundancy level is set to {copies}, the old one was {header.nr_copies}.")

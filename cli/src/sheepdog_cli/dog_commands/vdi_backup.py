@@ -11,6 +11,7 @@ from sheepdog.errors import RequestError, TransportError
 from sheepdog.model.backup import BackupRecord, Buffer, difference, write_backup
 from sheepdog.model.ids import data_oid
 from sheepdog_cli.dog_commands.common import complain_object, open_inode
+from sheepdog_cli.output import Progress
 from sheepdog_cli.session import EXIT_FAILURE, EXIT_SYSTEM, RESULT_EIO, Session, fail, misuse
 
 RESULT_MASK = 0xFFFFFFFF
@@ -18,7 +19,7 @@ RESULT_MASK = 0xFFFFFFFF
 
 def run(session: Session) -> None:
     base, target = session.options.get("from"), session.options.get("snapshot")
-    if base is None or target is None:
+    if not base or not target:
         misuse("Please specify snapshots with '-F' and '-s' options")
     name = session.arguments[0]
     old = open_inode(session, name, base)
@@ -39,17 +40,21 @@ def run(session: Session) -> None:
 
 def _differences(session: Session, old: volume.Inode, new: volume.Inode) -> Iterator[BackupRecord]:
     size = new.object_bytes
-    indexes = sorted({index for index, _ in old.map.items()} | {index for index, _ in new.map.items()})
-    for index in indexes:
-        old_owner, new_owner = old.map.get(index), new.map.get(index)
-        if old_owner == new_owner:
-            continue  # objects of snapshots never change, so this is one and the same
-        after = _object(session, new_owner, index, size)
-        before = _object(session, old_owner, index, size)
-        found = difference(before, after)
-        if found is not None:
-            offset, length = found
-            yield BackupRecord(index, offset, memoryview(after)[offset : offset + length])
+    before, after = dict(old.map.items()), dict(new.map.items())
+    # Objects of snapshots never change, so what both name is one and the same.
+    indexes = sorted(index for index in before.keys() | after.keys() if before.get(index) != after.get(index))
+    progress = Progress(size * len(indexes), data_on_stdout=True)
+    try:
+        for index in indexes:
+            new_data = _object(session, after.get(index, 0), index, size)
+            old_data = _object(session, before.get(index, 0), index, size)
+            found = difference(old_data, new_data)
+            if found is not None:
+                offset, length = found
+                yield BackupRecord(index, offset, memoryview(new_data)[offset : offset + length])
+            progress.advance(size)
+    finally:
+        progress.end()
 
 
 def _object(session: Session, owner: int, index: int, size: int) -> Buffer:

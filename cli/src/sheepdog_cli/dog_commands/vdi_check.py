@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from sheepdog.errors import TransportError
-from sheepdog.model.ids import data_oid, format_oid, inode_oid, object_bytes
-from sheepdog.model.inode import InodeHeader
+from sheepdog.model.ids import data_oid, format_oid, object_bytes, vmstate_oid
+from sheepdog.model.inode import InodeHeader, object_count
 from sheepdog.model.ring import Ring
 from sheepdog_cli.dog_commands.checker import Checker
 from sheepdog_cli.dog_commands.common import open_inode
 from sheepdog_cli.output import Progress
 from sheepdog_cli.session import EXIT_FAILURE, RESULT_EIO, RESULT_SUCCESS, Quit, Session, complain, describe, name_text
 from sheepdog_cli.values import NO_SELECTOR
+
+if TYPE_CHECKING:
+    from sheepdog.client import volume
 
 OP_OIDS_EXIST = 0xC6
 FLAG_PIGGYBACK = 0x0010
@@ -25,28 +29,39 @@ def run(session: Session) -> None:
     shown = session.arguments[0]
     selector = session.options.get("snapshot", NO_SELECTOR)
     inode = open_inode(session, shown, selector, then="FATAL: no inode objects")
-    oids = list(objects_of(inode.header, inode.map.items()))
+    oids = list(objects_of(inode))
     if "exist" in session.options:
         _check_existence(session, shown, inode.header, oids)
         return
-    check_objects(session, inode.header, oids)
+    if check_objects(session, inode.header, oids) and "dry-run" in session.options:
+        raise Quit(EXIT_FAILURE)
 
 
-def objects_of(header: InodeHeader, items: Iterable[tuple[int, int]]) -> Iterator[int]:
-    """The inode object and every allocated data object."""
-    yield inode_oid(header.vdi_id)
-    for index, owner in items:
+def objects_of(inode: volume.Inode) -> Iterator[int]:
+    """The inode object, the nodes of a hypervolume's tree, every allocated data object, and the vm state."""
+    header = inode.header
+    yield inode.oid
+    yield from inode.map.nodes()
+    for index, owner in inode.map.items():
         yield data_oid(owner, index)
+    if header.is_snapshot:
+        for number in range(object_count(header.vm_state_size, header.block_size_shift)):
+            yield vmstate_oid(header.vdi_id, number)
 
 
-def check_objects(session: Session, header: InodeHeader, oids: list[int]) -> None:
-    """The objects were compared and repaired, and that was said.
+def check_objects(session: Session, header: InodeHeader, oids: list[int]) -> int:
+    """The objects were compared and repaired, and that was said; with --dry-run only compared.
+
+    Returns how many were not as they should be.
 
     :raises Quit: one could not be looked at; said on stderr.
     """
+    dry_run = "dry-run" in session.options
     progress = Progress(sum(object_bytes(oid, header.block_size_shift) for oid in oids))
-    Checker(session, header, progress).check(oids)
-    sys.stdout.write(f"finish check&repair {name_text(header.name)}\n")
+    checker = Checker(session, header, progress, dry_run=dry_run)
+    checker.check(oids)
+    sys.stdout.write(f"finish check{'' if dry_run else '&repair'} {name_text(header.name)}\n")
+    return checker.wrong
 
 
 def _check_existence(session: Session, shown: str, header: InodeHeader, oids: list[int]) -> None:

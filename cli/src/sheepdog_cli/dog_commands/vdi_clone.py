@@ -17,7 +17,7 @@ def run(session: Session) -> None:
     if not target:
         misuse("Destination VDI name must be specified")
     selector = session.options.get("snapshot")
-    if selector is None:
+    if not selector:
         misuse("Only snapshot VDIs can be cloned", "Please specify the '-s' option")
     alone = "no-share" in session.options
     inode = open_inode(session, source, selector)

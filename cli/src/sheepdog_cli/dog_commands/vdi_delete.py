@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sheepdog.client import volume
 from sheepdog.errors import RequestError, TransportError
-from sheepdog_cli.dog_commands.common import complain_object, open_inode
+from sheepdog_cli.dog_commands.common import complain_object, open_failure
 from sheepdog_cli.session import (
     EXIT_FAILURE,
     EXIT_MISSING,
@@ -12,6 +12,7 @@ from sheepdog_cli.session import (
     Options,
     Quit,
     Session,
+    complain,
     describe,
     fail,
     name_bytes,
@@ -38,14 +39,24 @@ class NotOpened(Exception):
         self.result = result
 
 
-def delete(session: Session, shown: str, selector: Selector = NO_SELECTOR, *, entries_max: int | None = None) -> None:
+def delete(
+    session: Session,
+    shown: str,
+    selector: Selector = NO_SELECTOR,
+    *,
+    entries_max: int | None = None,
+    missing_ok: bool = False,
+) -> None:
     """The vdi or snapshot is gone; with ``entries_max`` only that many of its map entries.
 
-    :raises NotOpened: there is none; said on stderr.
+    :param missing_ok: that there is none is no error.
+    :raises NotOpened: it cannot be opened; said on stderr.
     :raises Quit: refused; said on stderr.
     """
     options: Options = session.options
-    inode = _open(session, shown, selector)
+    inode = _open(session, shown, selector, missing_ok)
+    if inode is None:
+        return
     try:
         # The daemon itself removes the objects of a hypervolume; its map has no references to drop.
         if entries_max is not None or not inode.header.is_hypervolume:
@@ -64,21 +75,17 @@ def delete(session: Session, shown: str, selector: Selector = NO_SELECTOR, *, en
         fail(f"Failed to delete {shown}: {describe(RESULT_EIO)}")
 
 
-def _open(session: Session, shown: str, selector: Selector) -> volume.Inode:
-    from sheepdog_cli.dog_commands.common import open_failure
-    from sheepdog_cli.session import complain
-
+def _open(session: Session, shown: str, selector: Selector, missing_ok: bool) -> volume.Inode | None:
     try:
         return volume.open_vdi(
             session.call, name_bytes(shown), snap_id=selector.snap_id, tag=selector.tag, direct=False
         )
     except volume.OpenError as error:
+        if missing_ok and error.result == RESULT_NO_VDI:
+            return None
         complain_object(error)
         complain(open_failure(shown, selector, describe(error.result)))
         raise NotOpened(error.result) from None
     except TransportError:
         complain(open_failure(shown, selector, describe(RESULT_EIO)))
         raise NotOpened(RESULT_EIO) from None
-
-
-__all__ = ["NotOpened", "delete", "open_inode", "run"]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
+from typing import BinaryIO
 
 from sheepdog.client import volume
 from sheepdog.errors import RequestError, TransportError
 from sheepdog_cli.dog_commands.common import complain_object, open_inode, volume_size
+from sheepdog_cli.output import Progress
 from sheepdog_cli.session import EXIT_FAILURE, EXIT_SYSTEM, Session, fail
 from sheepdog_cli.values import NO_SELECTOR
 
@@ -37,12 +40,14 @@ def _read(session: Session) -> None:
     sys.stdout.flush()
     out = sys.stdout.buffer
     zeros = memoryview(bytes(min(inode.object_bytes, REQUEST_BYTES_MAX)))
+    progress = Progress(length, data_on_stdout=True)
     for piece in volume.split(offset, length, inode.object_bytes):
         for part in _parts(piece):
             try:
                 hole = not inode.map.get(part.object_index)
                 data = zeros[: part.length] if hole else disk.read_piece(part)
             except (RequestError, TransportError) as error:
+                progress.end()
                 complain_object(error)
                 fail("Failed to read VDI", EXIT_FAILURE)
             try:
@@ -52,7 +57,9 @@ def _read(session: Session) -> None:
                 reason = os.strerror(error.errno or 0)
                 # What is left in the buffer can never be written; the interpreter must not try again at exit.
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115  closed with the process
+                progress.end()
                 fail(f"Failed to write to stdout: {reason}", EXIT_SYSTEM)
+            progress.advance(part.length)
 
 
 def _parts(piece: volume.Piece) -> list[volume.Piece]:
@@ -69,17 +76,33 @@ def _write(session: Session) -> None:
     if offset > disk.size:
         fail("Write offset is beyond the end of the VDI", EXIT_FAILURE)
     length = disk.size - offset if length is None else min(length, disk.size - offset)
-    for piece in volume.split(offset, length, inode.object_bytes):
-        if not _write_piece(disk, piece):
-            return
+    progress = Progress(min(length, _rest_of(sys.stdin.buffer)))
+    try:
+        for piece in volume.split(offset, length, inode.object_bytes):
+            if not _write_piece(disk, piece, progress):
+                return
+    finally:
+        progress.end()
 
 
-def _write_piece(disk: volume.Volume, piece: volume.Piece) -> bool:
+def _rest_of(source: BinaryIO) -> int:
+    """How many bytes there are still to read: a guess where only reading tells."""
+    try:
+        status = os.fstat(source.fileno())
+        if stat.S_ISREG(status.st_mode):
+            return max(status.st_size - source.tell(), 0)
+    except OSError:
+        pass  # no file at all
+    return sys.maxsize
+
+
+def _write_piece(disk: volume.Volume, piece: volume.Piece, progress: Progress) -> bool:
     """The range has what stdin gave, zeros behind its end. False when stdin ended."""
     was_hole = not disk.inode.map.get(piece.object_index)
     ended = False
     for number, part in enumerate(_parts(piece)):
         data = bytearray(part.length)
+        filled = 0
         if not ended:
             try:
                 filled = _fill(sys.stdin.buffer, memoryview(data))
@@ -93,15 +116,17 @@ def _write_piece(disk: volume.Volume, piece: volume.Piece) -> bool:
         try:
             disk.write_piece(part, data)
         except (RequestError, TransportError) as error:
+            progress.end()
             complain_object(error)
             fail("Failed to write VDI", EXIT_FAILURE)
+        progress.advance(filled)
     return not ended
 
 
-def _fill(source: object, view: memoryview) -> int:
+def _fill(source: BinaryIO, view: memoryview) -> int:
     filled = 0
     while filled < len(view):
-        count = source.readinto(view[filled:])  # type: ignore[attr-defined]  # a binary stream
+        count = source.readinto(view[filled:])  # type: ignore[attr-defined]  # a buffered stream
         if not count:
             break
         filled += count

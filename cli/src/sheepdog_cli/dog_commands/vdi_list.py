@@ -9,7 +9,7 @@ from sheepdog.model.ids import index_of, is_data, vid_of
 from sheepdog_cli.dog_commands.common import flag_of
 from sheepdog_cli.dog_commands.vdi_walk import WalkedVdi, walk
 from sheepdog_cli.output import print_json
-from sheepdog_cli.session import EXIT_FAILURE, Quit, Session, name_bytes, name_text
+from sheepdog_cli.session import EXIT_FAILURE, Quit, Session, name_bytes, name_text, pad
 from sheepdog_cli.sizes import format_size
 from sheepdog_cli.values import format_redundancy
 
@@ -58,8 +58,8 @@ def _row(walked: WalkedVdi, raw: bool) -> str:
         )
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(created))
     return (
-        f"{flag} {name:<8} {snap_id:5d} {size:>7} {used:>7} {inherited:>7} {when}  "
-        f"{header.vdi_id:7x} {copies:>6} {tag:>13} {header.block_size_shift:3d}\n"
+        f"{flag} {pad(name, 8)} {snap_id:5d} {size:>7} {used:>7} {inherited:>7} {when}  "
+        f"{header.vdi_id:7x} {copies:>6} {pad(tag, -13)} {header.block_size_shift:3d}\n"
     )
 
 

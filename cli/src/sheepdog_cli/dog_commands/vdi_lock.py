@@ -23,6 +23,7 @@ from sheepdog_cli.session import (
     misuse,
     name_bytes,
     name_text,
+    pad,
 )
 from sheepdog_cli.values import NO_SELECTOR, Selector
 
@@ -90,7 +91,7 @@ def _list(session: Session) -> None:
                 }
             )
             continue
-        out(f"{flag_of(header)} {name:<8}  {snap_id:5d}  {header.vdi_id:6x}  {tag:<13} ")
+        out(f"{flag_of(header)} {pad(name, 8)}  {snap_id:5d}  {header.vdi_id:6x}  {pad(tag, 13)} ")
         for node, word in owners:
             out(f" {node_text(node)}" + (f"({word})" if word else ""))
         out("\n")

@@ -18,6 +18,7 @@ from sheepdog.model.backup import BackupRecord, read_backup
 from sheepdog.model.inode import InodeHeader
 from sheepdog_cli.dog_commands.common import complain_object, open_inode
 from sheepdog_cli.dog_commands.vdi_delete import RESULT_NO_VDI, delete
+from sheepdog_cli.output import Progress
 from sheepdog_cli.session import (
     EXIT_FAILURE,
     EXIT_SYSTEM,
@@ -38,10 +39,12 @@ HEADER_BYTES = 8
 def run(session: Session) -> None:
     shown = session.arguments[0]
     selector = session.options.get("snapshot")
-    if selector is None:
+    if not selector:
         misuse("We can restore a backup file only to snapshots", "Please specify the '-s' option")
     if sys.stdin.isatty():
         misuse("stdin must be pipe")
+    wanted = f"Snapshot ID {selector.snap_id} or tag {name_text(selector.tag)} doesn't exist"
+    base = open_inode(session, shown, selector, then=wanted)
     stream = sys.stdin.buffer
     head = stream.read(HEADER_BYTES)
     rest = [head]
@@ -52,8 +55,6 @@ def run(session: Session) -> None:
     # The stream is looked at before anything changes.
     if not _is_backup(head):
         fail("The backup file is corrupted", EXIT_SYSTEM)
-    wanted = f"Snapshot ID {selector.snap_id} or tag {name_text(selector.tag)} doesn't exist"
-    base = open_inode(session, shown, selector, then=wanted)
     current = _current(session, shown)
     resume_vid = _make_room(session, shown, current)
     made = _create(session, shown, base.header, base_vid=base.vid, snapshot=resume_vid == _vid_of(current))
@@ -134,10 +135,14 @@ def _apply(session: Session, base: volume.Inode, vid: int, read: object) -> None
     buffer = bytearray(base.buffer)
     buffer[560:564] = vid.to_bytes(4, "little")
     disk = volume.Volume(volume.Inode(session.call, buffer), flags=volume.FLAG_DIRECT)
+    # A stream does not say how long it is; its records go through the volume in order.
+    progress = Progress(disk.size)
     try:
         for record in read_backup(read):  # type: ignore[arg-type]  # a function of one int
             _check(record, disk)
             disk.write_piece(volume.Piece(record.index, record.offset, len(record.data)), record.data)
+            progress.set(min((record.index + 1) * disk.inode.object_bytes, disk.size))
+        progress.set(disk.size)
     except ProtocolError:
         fail("failed to read backup data", EXIT_SYSTEM)
     except RequestError as error:
@@ -145,6 +150,8 @@ def _apply(session: Session, base: volume.Inode, vid: int, read: object) -> None
         fail("failed to restore backup", EXIT_FAILURE)
     except TransportError:
         fail("failed to restore backup", EXIT_FAILURE)
+    finally:
+        progress.end()
 
 
 def _check(record: BackupRecord, disk: volume.Volume) -> None:

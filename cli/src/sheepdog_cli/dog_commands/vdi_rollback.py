@@ -7,7 +7,7 @@ import sys
 from sheepdog.client import volume
 from sheepdog.errors import RequestError, TransportError
 from sheepdog_cli.dog_commands.common import open_inode
-from sheepdog_cli.dog_commands.vdi_delete import RESULT_NO_VDI, NotOpened, delete
+from sheepdog_cli.dog_commands.vdi_delete import NotOpened, delete
 from sheepdog_cli.output import confirm
 from sheepdog_cli.session import RESULT_EIO, Quit, Session, describe, fail, misuse, name_bytes
 
@@ -17,18 +17,15 @@ QUESTION = "This operation discards any changes made since the previous\nsnapsho
 def run(session: Session) -> None:
     shown = session.arguments[0]
     selector = session.options.get("snapshot")
-    if selector is None:
+    if not selector:
         misuse("Please specify the '-s' option")
     header = open_inode(session, shown, selector, header_only=True).header
     if not session.options.force:
         confirm(QUESTION)
     try:
-        delete(session, shown)
-    except NotOpened as error:
-        # Without a working vdi there is nothing to discard.
-        if error.result != RESULT_NO_VDI:
-            fail("Failed to delete the current state")
-    except Quit:
+        # Without a working vdi there is nothing to discard: an earlier rollback was interrupted behind this.
+        delete(session, shown, missing_ok=True)
+    except (NotOpened, Quit):
         fail("Failed to delete the current state")
     try:
         made = volume.create_vdi(

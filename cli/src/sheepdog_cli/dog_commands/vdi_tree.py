@@ -8,7 +8,7 @@ import time
 from sheepdog.model.inode import InodeHeader
 from sheepdog_cli.dog_commands.vdi_walk import walk
 from sheepdog_cli.output import print_json
-from sheepdog_cli.session import Session, name_text
+from sheepdog_cli.session import Session, name_text, pad
 from sheepdog_cli.sizes import format_size
 
 HERE = "(you are here)"
@@ -99,7 +99,7 @@ def _node(header: InodeHeader) -> str:
     name = name_text(header.name)
     snap_id = header.snap_id if header.is_snapshot else 0
     label = (
-        f"Name: {name:>10}\\n"
+        f"Name: {pad(name, -10)}\\n"
         f"Tag:  {snap_id:10x}\\n"
         f"Size: {format_size(header.vdi_size):>10}\\n"
         f"Date: {time.strftime('%Y-%m-%d', created):>10}\\n"

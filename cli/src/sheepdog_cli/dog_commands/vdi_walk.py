@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sheepdog.client import admin, volume
-from sheepdog.client.tree_map import TreeMap
 from sheepdog.errors import ProtocolError, RequestError, TransportError
 from sheepdog.model.ids import inode_oid
 from sheepdog.model.inode import HEADER_BYTES, INODE_BYTES, MAP_ENTRIES, MAP_OFFSET, InodeHeader, allocated, map_view
@@ -45,11 +44,16 @@ class WalkedVdi:
             oid = inode_oid(header.vdi_id)
             self.buffer += volume.read_object(self.session.call, oid, length, offset=MAP_OFFSET)
 
+    def inode(self) -> volume.Inode:
+        """The vdi as an inode to work with, once the map was read."""
+        # A flat map may end with the volume; the root of a tree is looked at as a whole.
+        rest = INODE_BYTES - len(self.buffer) if self.header.is_hypervolume else 0
+        return volume.Inode(self.session.call, self.buffer + bytes(rest))
+
     def items(self) -> Iterator[tuple[int, int]]:
         """(index, owner) of every allocated object, once the map was read."""
         if self.header.is_hypervolume:
-            inode = volume.Inode(self.session.call, self.buffer + bytes(INODE_BYTES - len(self.buffer)))
-            return TreeMap(inode).items()
+            return self.inode().map.items()
         return allocated(map_view(self.buffer))
 
     def counts(self) -> tuple[int, int]:

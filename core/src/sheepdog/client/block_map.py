@@ -36,6 +36,10 @@ class BlockMap(ABC):
     def items(self) -> Iterator[tuple[int, int]]:
         """(index, vid) of every allocated object, ascending."""
 
+    def nodes(self) -> Iterator[int]:
+        """The ids of the objects, beside the inode, that hold the map."""
+        return iter(())
+
     @abstractmethod
     def clear(self, first: int, last: int, *, flags: int = FLAG_DIRECT) -> None:
         """All entries from ``first`` to ``last``, both included, are 0, in memory and in the cluster.

@@ -33,12 +33,15 @@ class TreeMap(BlockMap):
             nodes = (BtreeNode.unpack(self._read_leaf(oid)) for _, oid in self._root.items())
         return ((index, vid) for node in nodes for index, vid in node.items() if vid)
 
+    def nodes(self) -> Iterator[int]:
+        return iter([oid for _, oid in self._root.items()] if self._root.depth == INNER_DEPTH else ())
+
     def store(self, index: int, vid: int, *, flags: int = FLAG_DIRECT) -> None:
         from sheepdog.client.volume import write_object
 
         inode = self._inode
         header = inode.header
-        known = {oid for _, oid in self._root.items()} if self._root.depth == INNER_DEPTH else set()
+        known = set(self.nodes())
         change = run(insert(self._root, index, vid, vid=header.vdi_id, counter=self._counter), self._read_leaf)
         for oid, leaf in change.leaves.items():
             content = leaf.pack()
