@@ -299,7 +299,7 @@ def test_no_progress_bar_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_progress_of_data_on_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bar stands on stderr then; nowhere when the data itself is shown on the terminal. A line that was begun ends."""
+    """The bar stands on stderr then; nowhere when the data itself is on the terminal. A line that was begun ends."""
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     monkeypatch.setattr(sys, "stderr", Terminal())

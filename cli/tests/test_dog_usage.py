@@ -93,7 +93,7 @@ def test_bad_options(words: list[str], message: str) -> None:
     [("/usr/bin/dog", "dog"), ("/opt/x/dog", "/opt/x/dog"), ("./dog", "./dog"), ("dog", "dog")],
 )
 def test_program_name(typed: str, shown: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """Messages about options begin with the program's name as it was typed, which for one on the PATH is the bare name."""
+    """Messages about options begin with the program's name as it was typed: the bare one if it is on the PATH."""
     from sheepdog_cli import dog as program
 
     monkeypatch.setenv("PATH", "/bin:/usr/bin")
@@ -287,6 +287,20 @@ LOST = "failed to connect to 127.0.0.1:7000: Connection refused\n" * 2
          "Failed to open VDI a (snapshot id: 0 snapshot tag: t): I/O error\n"),
         (["vdi", "clone", "-s", "3", "a", "b"], 1,
          "Failed to open VDI a (snapshot id: 3 snapshot tag: ): I/O error\n"),
+        (["vdi", "rollback", "-s", "t", "a"], 1, "Failed to open VDI a (snapshot id: 0 snapshot tag: t): I/O error\n"),
+        (["vdi", "object", "map", "a"], 1,
+         "Failed to open VDI a (snapshot id: 0 snapshot tag: ): I/O error\nFATAL: a not found\n"),
+        (["vdi", "snapshot", "-s", "t", "a"], 1, "Failed to create snapshot for a: I/O error\n"),
+        (["vdi", "setattr", "a", "k", "v"], 1, "Failed to set attribute: I/O error\n"),
+        (["vdi", "setattr", "-d", "a", "k"], 1, "Failed to set attribute: I/O error\n"),
+        (["vdi", "getattr", "a", "k"], 5, "Failed to find attribute oid: I/O error\n"),
+        (["node", "stat"], 1, "failed to get stat information: I/O error\n"),
+        (["node", "md", "plug", "-f", "/x"], 1,
+         "Failed to execute request, look for sheep.log for more information\n"),
+        (["cluster", "reweight"], 1, ""),
+        (["cluster", "recover", "enable"], 1, ""),
+        (["cluster", "recover", "force", "-f"], 1, "failed to execute request\n"),
+        (["cluster", "driver"], 2, ""),
         (["cluster", "shutdown"], 1, "failed to execute request\n"),
         (["vdi", "lock", "list"], 2, "Failed to get VDI state\n"),
         (["vdi", "lock", "unlock", "a"], 1, "Failed to find VDI a: I/O error\n"),

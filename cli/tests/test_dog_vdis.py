@@ -330,7 +330,7 @@ def test_columns_are_counted_in_bytes(cluster: Cluster) -> None:
 
 
 def test_rollback_without_a_working_vdi(cluster: Cluster) -> None:
-    """A rollback that was interrupted between its two steps can be repeated; nothing is said about the missing state."""
+    """A rollback that was interrupted between its two steps can be repeated, without a word on the missing state."""
     cluster.add_vdi(
         InodeHeader(name=b"a", tag=b"t", snap_ctime=1, snap_id=1, nr_copies=1, block_size_shift=22, vdi_id=8)
     )

@@ -93,6 +93,36 @@ def inode(
     return bytes(raw)
 
 
+def leaf(entries: dict[int, int]) -> bytes:
+    """A B-tree leaf, 4194304 bytes; ``entries`` maps data index to vid."""
+    return _btree(1, entries, struct.Struct("<II"))
+
+
+def inner_root(leaves: dict[int, int]) -> bytes:
+    """A B-tree root above leaves; ``leaves`` maps the highest index of each leaf to its oid."""
+    return _btree(2, leaves, struct.Struct("<I4xQ"))
+
+
+def _btree(depth: int, entries: dict[int, int], entry: struct.Struct) -> bytes:
+    raw = struct.pack("<HHI", 0x6274, depth, len(entries))
+    raw += b"".join(entry.pack(index, value) for index, value in sorted(entries.items()))
+    return raw.ljust(1 << 22, b"\0")
+
+
+def hyper_inode(name: bytes, root: bytes, *, vid: int, size: int, copies: int = 1, counter: int = 0) -> bytes:
+    """The inode of a hypervolume; ``counter`` is the number of the next B-tree node."""
+    raw = bytearray(inode(name, vid=vid, size=size, copies=copies))
+    raw[553] = 1
+    struct.pack_into("<I", raw, 568, counter)
+    raw[4664 : 4664 + len(root)] = root
+    return bytes(raw)
+
+
+def ledger(*counters: int) -> bytes:
+    """The reference ledger of a data object: how many references of each generation there are."""
+    return struct.pack(f"<{len(counters)}i", *counters).ljust(LEDGER_BYTES, b"\0")
+
+
 class StoreBuilder:
     """One sheep's directories.
 

@@ -15,8 +15,8 @@ import pytest
 
 from sheepdog.testing.cluster import SheepCluster
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent / "third_party"))
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE / "third_party"), str(HERE.parent)]  # scenes, plugins of others, builders
 
 _running: list[SheepCluster] = []
 _read: dict[Path, int] = {}

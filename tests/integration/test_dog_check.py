@@ -237,6 +237,65 @@ def test_strips(cluster: SheepCluster) -> None:
     assert read(cluster, "strips", 0, 2 * MiB) == content[: 2 * MiB]
 
 
+def test_strips_while_clients_write(cluster: SheepCluster) -> None:
+    """CHK-12, EC-7: strips that go missing while clients write are made anew without mixing old and new: whatever
+    was answered is read back at once and afterwards."""
+    cluster.dog("vdi", "create", "-c", "2:1", "busy strips", "1M")
+    write(cluster, "busy strips", 0, bytes(MiB))
+    oid = data_oid(vid_of_name(cluster, "busy strips"), 0)
+    with volume(cluster, "busy strips", node=1) as opened:
+
+        def step(number: int) -> None:
+            data = (number + 1).to_bytes(8, "little") * (64 * KiB // 8)
+            opened.write(number % 16 * 64 * KiB, data)
+            assert opened.read(number % 16 * 64 * KiB, 64 * KiB) == data, f"write {number} is gone"
+
+        with Background(step) as writer:
+            for number in range(9):
+                files_of(cluster, oid, number % 3)[0][1].unlink()
+                done = cluster.dog("vdi", "check", "busy strips", node=5)
+                assert done.stderr == b""
+                writer.wait(2)
+    content = read_all(cluster, "busy strips", node=3)
+    for number in range(16):
+        last = max(step for step in range(writer.steps) if step % 16 == number) if writer.steps > number else -1
+        assert content[number * 64 * KiB :][: 64 * KiB] == (last + 1).to_bytes(8, "little") * (64 * KiB // 8)
+    assert cluster.dog("vdi", "check", "busy strips").stdout == b"finish check&repair busy strips\n"
+
+
+def test_dry_run(cluster: SheepCluster) -> None:
+    """--dry-run says which copy on which node is missing or differs, ends with 1 and changes nothing; so does ``cluster
+    check``. A repair then leaves nothing to say. The index of a hyper volume is looked at, too."""
+    cluster.dog("vdi", "create", "dry", "2M")
+    write(cluster, "dry", 0, pattern(3, 2 * MiB))
+    cluster.dog("vdi", "create", "-y", "tree", "1P")
+    write(cluster, "tree", 0, b"x")
+    first, second = (data_oid(vid_of_name(cluster, "dry"), index) for index in (0, 1))
+    tree = inode_oid(vid_of_name(cluster, "tree"))
+    (gone, missing), (changed, differing) = files_of(cluster, first)[1], files_of(cluster, second)[2]
+    broken, node = files_of(cluster, tree)[0]
+    missing.unlink()
+    overwrite(differing, b"rot", 4096)
+    overwrite(node, b"rot", 4664 + 8)
+    expected = {
+        "dry": [f"differing {second:016x} on {cluster.address(changed)}",
+                f"missing {first:016x} on {cluster.address(gone)}"],
+        "tree": [f"differing {tree:016x} on {cluster.address(broken)}"],
+    }  # fmt: skip
+    for _ in range(2):
+        for name, lines in expected.items():
+            done = cluster.dog("vdi", "check", "--dry-run", name, check=False, node=4)
+            *found, end = done.stdout.decode().splitlines()
+            assert (sorted(found), end, done.stderr, done.returncode) == (lines, f"finish check {name}", b"", 1)
+    every = cluster.dog("cluster", "check", "--dry-run", check=False)
+    assert every.returncode == 1 and set(expected["dry"] + expected["tree"]) <= set(every.stdout.decode().splitlines())
+    assert not missing.exists()
+    for name in expected:
+        assert b"fixed" in cluster.dog("vdi", "check", name).stdout
+        clean = cluster.dog("vdi", "check", "--dry-run", name)
+        assert clean.stdout.decode() == f"finish check {name}\n"
+
+
 def test_whole_cluster(cluster: SheepCluster) -> None:
     """CHK-11: ``cluster check`` announces every vdi and snapshot in the order of their ids, and repairs all of them."""
     cluster.format("-f", "-z", "20")

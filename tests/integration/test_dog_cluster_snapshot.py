@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +27,7 @@ from scenes import (
 )
 
 from sheepdog.model.ids import is_ledger
-from sheepdog.testing.cluster import SheepCluster, wait_until
+from sheepdog.testing.cluster import SheepCluster, run_python, wait_until
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
 
@@ -291,7 +293,7 @@ def test_errors(source: SheepCluster, target: SheepCluster, tmp_path: Path) -> N
     refused(2, missing, "load", "a", path, "nosuch")
     (tmp_path / "file").write_bytes(b"")
     file = str(tmp_path / "file")
-    unusable = f"Path is not a directory: {file}\nFail to init farm.\n"
+    unusable = f"Path is not a directory: {file}\nFail to create directory: Not a directory\nFail to init farm.\n"
     refused(2, unusable + f"Fail to save snapshot to path: {file}.\n", "save", "b", file)
     refused(2, unusable + "Fail to load snapshot\n", "load", "a", file)
     refused(2, unusable + "Fail to show snapshot\n", "show", "a", file)
@@ -314,6 +316,72 @@ def test_a_damaged_directory(source: SheepCluster, target: SheepCluster, tmp_pat
     failed = target.dog("cluster", "snapshot", "load", "a", str(tmp_path), check=False, input=b"yes\n")
     assert failed.returncode == 2
     assert failed.stderr.endswith(b"Fail to load snapshot\n")
+
+
+def running_dog(cluster: SheepCluster, *words: str) -> subprocess.Popen[bytes]:
+    """dog as a process of its own, which the caller ends."""
+    return subprocess.Popen(
+        run_python("sheepdog_cli.dog", *words),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "SHEEPDOG_DOG_ADDR": "127.0.0.1", "SHEEPDOG_DOG_PORT": str(cluster.live[0].port)},
+    )
+
+
+def kill_when(process: subprocess.Popen[bytes], begun: Callable[[], bool]) -> None:
+    """The process is killed once it has begun; if it was quicker than that, it ended well."""
+    wait_until(lambda: begun() or process.poll() is not None, "dog to begin")
+    process.kill()
+    assert process.wait() in (0, -signal.SIGKILL)
+
+
+def test_interrupted(source: SheepCluster, target: SheepCluster, tmp_path: Path) -> None:
+    """A save that is killed leaves no entry, and what it stored is used by the next one; a load that is killed can be
+    done again."""
+    clean(source)
+    clean(target)
+    source.dog("vdi", "create", "v", "16M")
+    write(source, "v", 0, pattern(4, 16 * MiB))
+    source.dog("vdi", "snapshot", "-s", "s", "v")
+    path = tmp_path / "cs"
+
+    def files() -> set[str]:
+        return {file.name for file in path.glob("objects/*/*") if not file.name.endswith(".tmp")}
+
+    kill_when(running_dog(source, "cluster", "snapshot", "save", "-m", "cut", str(path)), lambda: len(files()) > 20)
+    stored_before = files()
+    # Killed, that is: it may have come to its end just before.
+    known = source.dog("cluster", "snapshot", "list", str(path)).stdout.count(b"\n") - 1
+    assert known == (source.dog("cluster", "snapshot", "show", "cut", str(path), check=False).returncode == 0)
+    source.dog("cluster", "snapshot", "save", "whole", str(path))
+    assert stored_before <= files()
+
+    kill_when(running_dog(target, "cluster", "snapshot", "load", "whole", str(path)), lambda: len(stored(target)) > 3)
+    done = target.dog("cluster", "snapshot", "load", "whole", str(path), input=b"yes\n")
+    assert done.stderr == b""
+    assert contents(target) == {("v", 1): pattern(4, 16 * MiB)}
+    check_loaded(target, {"v"})
+    delete_all(target)
+
+
+def test_fixed_vnodes(source: SheepCluster, fresh_cluster: Callable[..., SheepCluster], tmp_path: Path) -> None:
+    """CS-1: a state loads into a cluster of sheep with fixed numbers of virtual nodes as well; with fewer zones than
+    copies that is asked about, as when such a cluster is formatted."""
+    clean(source)
+    source.dog("vdi", "create", "v", "2M")
+    write(source, "v", 0, pattern(5, 2 * MiB))
+    source.dog("vdi", "snapshot", "-s", "s", "v")
+    source.dog("cluster", "snapshot", "save", "x", str(tmp_path))
+    fixed = fresh_cluster(1, driver="local", store="plain", redundancy="1", options=("-V", "50"))
+    question = "Number of copies (2) is larger than number of zones (1).\nAre you sure you want to continue? [yes/no]: "
+    declined = fixed.dog("cluster", "snapshot", "load", "x", str(tmp_path), input=b"no\n")
+    assert (declined.stdout.decode(), declined.stderr) == (question, b"")
+    assert b"Waiting for cluster to be formatted" in fixed.dog("cluster", "info").stdout
+    done = fixed.dog("cluster", "snapshot", "load", "x", str(tmp_path), input=b"yes\n")
+    assert (done.stdout.decode(), done.stderr) == (question + "using backend plain store\n", b"")
+    assert b"Cluster vnodes strategy: fixed\n" in fixed.dog("cluster", "info", "-v").stdout
+    assert read_all(fixed, "v") == pattern(5, 2 * MiB)
 
 
 def test_content_is_stored_once(source: SheepCluster, tmp_path: Path) -> None:

@@ -3,8 +3,12 @@ serve (CLI-5 to CLI-7, MD-9, MD-10, REC-17, VN-8)."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
 import re
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +17,7 @@ from typing import Any
 import pytest
 from scenes import MiB, pattern, read, rows, vid_of_name, write
 
-from sheepdog.testing.cluster import SheepCluster, wait_until
+from sheepdog.testing.cluster import SheepCluster, run_python, wait_until
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
 
@@ -224,6 +228,10 @@ def test_cluster_info(cluster: SheepCluster) -> None:
     assert out(cluster, "cluster", "info", "-r") == (
         f"running, auto-recovery enabled\n\n{info['epochs'][-1]['time']} 1 [{nodes}]\n"
     )
+    assert out(cluster, "cluster", "info", "-r", "-v") == (
+        f"running, auto-recovery enabled\nplain with 2 redundancy policy\nauto\nnode\n"
+        f"{info['epochs'][-1]['time']} 1 [{nodes}]\n"
+    )
     assert out(cluster, "cluster", "info", "-d").splitlines()[-1] == f"{when}      1 [formated]"
     assert out(cluster, "cluster", "recover", "disable") == "Cluster recovery: disable\n"
     assert out(cluster, "cluster", "info", node=1).startswith("Cluster status: running, auto-recovery disabled\n")
@@ -355,6 +363,96 @@ def test_a_waiting_cluster(fresh_cluster: Callable[..., SheepCluster]) -> None:
     assert asked.stdout.endswith(b"Are you sure you want to continue? [yes/no]: ")
     wait_until(lambda: b"running" in cluster.dog("cluster", "info").stdout, "the cluster to run")
     assert read(cluster, "v", 0, 4) == b"kept"
+
+
+def test_a_halted_cluster(fresh_cluster: Callable[..., SheepCluster]) -> None:
+    """CLI-5: in strict mode with a zone too few, what writes is refused, each command in its own words, and changes
+    nothing; what reads works. When the node is back all of it works again."""
+    cluster = fresh_cluster(2, driver="local", store="plain", redundancy="2")
+    cluster.format("-t", "-z", "20")
+    cluster.dog("vdi", "create", "v", "3M")
+    write(cluster, "v", 0, pattern(1, MiB))
+    cluster.dog("vdi", "snapshot", "-s", "s", "v")
+    cluster.dog("vdi", "setattr", "v", "key", "value")
+    old, new = vid_of_name(cluster, "v", tag="s"), vid_of_name(cluster, "v")
+    listing, checked = rows(cluster), out(cluster, "vdi", "list")
+    cluster.stop(1)
+    cluster.wait_members()
+
+    halted = "IO has halted as there are not enough living nodes"
+    refused = "Failed to write to requested VDI"
+    inode = f"Failed to write object {1 << 63 | new << 32:016x}: {halted}\n"
+    for words, code, stderr in (
+        ("vdi create w 1M", 1, f"Failed to create VDI w: {refused}\n"),
+        ("vdi clone -s s v w", 1, f"Failed to create VDI w: {refused}\n"),
+        ("vdi snapshot -s t v", 1, inode),
+        ("vdi resize v 4M", 1, f"{inode}Failed to update an inode header\n"),
+        ("vdi write v 0 512", 1, f"Failed to write object {new << 32:016x}: {halted}\nFailed to write VDI\n"),
+        ("vdi delete v", 1, f"{inode}Failed to delete v: {halted}\n"),
+        ("vdi rollback -f -s s v", 1, f"{inode}Failed to delete v: {halted}\nFailed to delete the current state\n"),
+        ("vdi setattr v other x", 1, f"Failed to set attribute: {halted}\n"),
+        ("vdi setattr -d v key", 1, f"Failed to set attribute: {halted}\n"),
+    ):
+        done = cluster.dog(*words.split(), check=False, input=b"x" * 512)
+        assert (done.returncode, done.stdout, done.stderr.decode()) == (code, b"", stderr), words
+    assert (rows(cluster), out(cluster, "vdi", "list")) == (listing, checked)
+    assert out(cluster, "vdi", "getattr", "v", "key") == "value"
+    assert read(cluster, "v", 0, MiB) == read(cluster, "v", 0, MiB, tag="s") == pattern(1, MiB)
+    assert out(cluster, "vdi", "object", "map", "v") == f"Index       VID\n00000000 {old:8x}\n"
+    status = out(cluster, "cluster", "info").splitlines()[0]
+    assert status == f"Cluster status: {halted}" or status.startswith("Cluster status: running")
+    cluster.restart(1)
+    cluster.wait_recovered()
+    cluster.dog("vdi", "write", "v", "0", "512", input=b"x" * 512)
+    assert read(cluster, "v", 0, 512) == b"x" * 512
+
+
+def test_progress_on_a_terminal(cluster: SheepCluster) -> None:
+    """What moves much data shows a bar that ends at 100 %: on the terminal that stdout is, and on that of stderr where
+    stdout takes the data. A pipe gets nothing but the data."""
+    cluster.dog("vdi", "create", "bars", "3M")
+    content = pattern(6, 3 * MiB)
+
+    def run(*words: str, stdin: bytes = b"", data: bool = False) -> tuple[bytes, str]:
+        """What came on a pipe, and what on the terminal."""
+        terminal, side = pty.openpty()
+        environment = {"SHEEPDOG_DOG_ADDR": "127.0.0.1", "SHEEPDOG_DOG_PORT": str(cluster.sheep[0].port)}
+        process = subprocess.Popen(
+            run_python("sheepdog_cli.dog", *words), stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE if data else side, stderr=side if data else subprocess.PIPE,
+            env={**os.environ, **environment},
+        )  # fmt: skip
+        os.close(side)
+        piped = b"".join(part for part in process.communicate(stdin, 60) if part)
+        shown = b""
+        with contextlib.suppress(OSError):  # the other side is closed
+            while part := os.read(terminal, 1 << 16):
+                shown += part
+        os.close(terminal)
+        assert process.returncode == 0, shown
+        return piped, shown.decode()
+
+    done = re.compile(r"100\.0 % \[=+\] 3\.0 MB / 3\.0 MB *\r\n")
+    for words, stdin, data in (
+        (("vdi", "write", "bars", "0", "3M"), content, False),
+        (("vdi", "read", "bars"), b"", True),
+        (("vdi", "snapshot", "-s", "a", "bars"), b"", False),
+        (("vdi", "create", "-P", "full", "3M"), b"", False),
+        (("vdi", "clone", "-n", "-s", "a", "bars", "apart"), b"", False),
+    ):
+        piped, shown = run(*words, stdin=stdin, data=data)
+        assert piped == (content if data else b"")
+        assert bool(done.search(shown)) == (words[1] != "snapshot"), shown
+    write(cluster, "bars", 0, b"new")
+    cluster.dog("vdi", "snapshot", "-s", "b", "bars")
+    stream, shown = run("vdi", "backup", "-F", "a", "-s", "b", "bars", data=True)
+    assert "] 1.0 MB / 1.0 MB" in shown and stream == cluster.dog("vdi", "backup", "-F", "a", "-s", "b", "bars").stdout
+    assert done.search(run("vdi", "restore", "-s", "a", "bars", stdin=stream)[1])
+    _, shown = run("vdi", "check", "bars")
+    assert "100.0 % [" in shown and shown.endswith("finish check&repair bars\r\n")
+    for words in (("vdi", "read", "bars"), ("vdi", "check", "bars")):
+        quiet = cluster.dog(*words)
+        assert b"%" not in quiet.stderr and b"100.0 %" not in quiet.stdout
 
 
 def test_node_kill_and_death(fresh_cluster: Callable[..., SheepCluster]) -> None:

@@ -267,8 +267,8 @@ def test_deletion(cluster: SheepCluster) -> None:
 
 
 def test_many_locks(cluster: SheepCluster) -> None:
-    """VDI-20: a list of more locks than one answer's first room has (512 states) is complete."""
-    count = 530
+    """VDI-20: a list of more vdis and locks than one answer's first room has (512 states) is complete."""
+    count = 610
     with cluster.connect(0) as connection:
         for number in range(count):
             name = f"n{number:03d}".encode()

@@ -8,8 +8,22 @@ import re
 from collections.abc import Callable
 
 import pytest
-from scenes import MiB, only, pattern, read, read_all, rows, stored, vid_of_name, volume, wait_stored, write
+from scenes import (
+    MiB,
+    only,
+    pattern,
+    read,
+    read_all,
+    rows,
+    stored,
+    vid_of_name,
+    volume,
+    wait_serving,
+    wait_stored,
+    write,
+)
 
+from sheepdog.client import admin
 from sheepdog.model.hashing import vdi_hash
 from sheepdog.model.ids import data_oid, inode_oid, is_btree, is_inode, is_ledger
 from sheepdog.testing.cluster import SheepCluster, wait_until
@@ -38,6 +52,43 @@ def refused(cluster: SheepCluster, code: int, stderr: str, *words: str, stdout: 
 
 
 # ---- numbers
+
+
+def test_recycling_after_a_restart(fresh_cluster: Callable[..., SheepCluster]) -> None:
+    """VDI-15: what was deleted before a restart of everybody still counts as deleted: the rest of the family takes its
+    inodes along, the numbers come back, and all sheep agree on what is used and deleted."""
+    cluster = fresh_cluster(2, driver="local", store="plain", redundancy="1")
+    cluster.format("-R", "-z", "20")
+    cluster.dog("vdi", "create", "v", "2M")
+    for tag in ("a", "b"):
+        write(cluster, "v", 0, tag.encode())
+        cluster.dog("vdi", "snapshot", "-s", tag, "v")
+    cluster.dog("vdi", "delete", "-s", "a", "v")
+    cluster.dog("vdi", "delete", "v")
+    restart_all(cluster)
+    with cluster.connect(0) as first, cluster.connect(1) as second:
+        for opcode in (admin.OP_READ_VDIS, admin.OP_READ_DEL_VDIS):
+            answers = [one.request(opcode, data_length=1 << 21).body for one in (first, second)]
+            assert answers[0] == answers[1]
+    assert [row[9] for row in rows(cluster)] == ["b"]
+    assert read(cluster, "v", 0, 1, tag="b") == b"b"
+    cluster.dog("vdi", "delete", "-s", "b", "v", node=1)
+    wait_until(lambda: not cluster.census(), "everything of the family to go")
+    cluster.dog("vdi", "create", "w", "1M", node=1)
+    assert vid_of_name(cluster, "w") == 1
+
+
+def restart_all(cluster: SheepCluster) -> None:
+    """The cluster was shut down and runs again."""
+    cluster.dog("cluster", "shutdown")
+    for sheep in cluster.sheep:
+        assert sheep.process is not None
+        sheep.process.wait(30)
+    for sheep in cluster.sheep:
+        cluster.restart(sheep.index, wait=False)
+    cluster.wait_members()
+    for sheep in cluster.sheep:
+        wait_serving(cluster, sheep.index)
 
 
 def test_recycling(start_cluster: Callable[..., SheepCluster]) -> None:
@@ -168,8 +219,11 @@ def test_object_sizes(cluster: SheepCluster) -> None:
 
 
 def test_tracking(start_cluster: Callable[..., SheepCluster]) -> None:
-    """VDI-21, CLI-4: location, track and the disks agree before and after members leave and come."""
-    cluster = start_cluster(3, driver="local", store="plain", redundancy="2")
+    """VDI-21, CLI-4: location, track, listings and the disks agree after the oldest node left and three others came."""
+    cluster = start_cluster(5, driver="local", store="plain", redundancy="2")
+    for index in (3, 4):
+        cluster.stop(index)
+    cluster.wait_members()
     cluster.format("-z", "20")
     cluster.dog("vdi", "create", "v", "2M")
     write(cluster, "v", MiB, b"x")
@@ -179,19 +233,28 @@ def test_tracking(start_cluster: Callable[..., SheepCluster]) -> None:
     def holders() -> set[str]:
         return {cluster.address(index) for index in cluster.census()[oid, -1] if cluster.sheep[index].running}
 
+    listing = rows(cluster)
     expected = {1: holders()}
-    cluster.stop(2)
+    oldest = cluster.sheep[0]
+    numbers = [line.split() for line in cluster.dog("node", "list", "-r", node=1).stdout.decode().splitlines()]
+    [number] = [words[0] for words in numbers if words[1] == oldest.address]
+    assert cluster.dog("node", "kill", number, node=1).stdout == b""
+    assert oldest.process is not None and oldest.process.wait(30) == 0
+    cluster.wait_members()
     cluster.wait_recovered()
     expected[2] = holders()
-    cluster.restart(2)
-    cluster.wait_recovered()
-    wait_until(lambda: len(holders()) == 2, "two copies")
-    expected[3] = holders()
+    for epoch, index in ((3, 3), (4, 4), (5, 0)):
+        cluster.restart(index)
+        cluster.wait_recovered()
+        wait_until(lambda: len(holders()) == 2, "two copies")
+        expected[epoch] = holders()
+    for sheep in cluster.sheep:
+        assert rows(cluster, node=sheep.index) == listing
 
-    text = cluster.dog("vdi", "track", "-i", "1", "v", node=1).stdout.decode()
+    text = cluster.dog("vdi", "track", "-i", "1", "v", node=4).stdout.decode()
     blocks = text.split("\n\n")
-    assert blocks[0] == f"Tracking the object {oid:016x} (the inode vid 0x{vid:x} idx 1) with 3 nodes"
-    for block, epoch in zip(blocks[1:], (3, 2, 1), strict=True):
+    assert blocks[0] == f"Tracking the object {oid:016x} (the inode vid 0x{vid:x} idx 1) with 5 nodes"
+    for block, epoch in zip(blocks[1:], (5, 4, 3, 2, 1), strict=True):
         heading, line, *nodes = block.splitlines()
         assert heading == f"obj {oid:016x} locations at epoch {epoch}, copies = 2"
         assert line == "-" * 51
@@ -199,10 +262,10 @@ def test_tracking(start_cluster: Callable[..., SheepCluster]) -> None:
     document = json.loads(cluster.dog("vdi", "track", "--json", "-o", f"{oid:x}", "v").stdout)
     assert {one["epoch"]: set(one["nodes"]) for one in document["epochs"]} == expected
     inode = cluster.dog("vdi", "track", "v").stdout.decode()
-    assert inode.startswith(f"Tracking the inode object 0x{vid:x} with 3 nodes\n\nobj {inode_oid(vid):016x} locations")
+    assert inode.startswith(f"Tracking the inode object 0x{vid:x} with 5 nodes\n\nobj {inode_oid(vid):016x} locations")
     location = cluster.dog("vdi", "object", "location", "-i", "1", "v").stdout.decode()
-    assert set(location.splitlines()[-1].split()) == expected[3]
-    assert {line.split()[0] for line in location.splitlines() if line.endswith(" has the object")} == expected[3]
+    assert set(location.splitlines()[-1].split()) == expected[5]
+    assert {line.split()[0] for line in location.splitlines() if line.endswith(" has the object")} == expected[5]
     hole = cluster.dog("vdi", "object", "location", "-i", "0", "v")
     assert (hole.returncode, hole.stdout.decode()) == (0, f"The inode object 0x{vid:x} idx 0 is not allocated\n")
     refused(cluster, 1, "", "vdi", "track", "-i", "0x100000000", "v", stdout=b"The offset is too large!\n")
@@ -213,10 +276,22 @@ def test_tracking(start_cluster: Callable[..., SheepCluster]) -> None:
 
 
 def test_hyper_volume(start_cluster: Callable[..., SheepCluster]) -> None:
-    """HV-1, HV-2, HV-5: 16 PB are listed, ten places up to the end read what was written, holes are zeros; the same
-    with a node gone and after a restart; deleting frees the objects and the nodes of the tree."""
+    """HV-1, HV-2, HV-5, SNAP-12: 16 PB are listed, ten places up to the end read what was written, holes are zeros; the
+    same with a node gone, after its return and after a restart of everybody, and so for snapshots, a clone and strips;
+    deleting frees the objects and the nodes of the tree."""
     cluster = start_cluster(3, driver="local", store="plain", redundancy="2")
     cluster.format()
+    snapshots: dict[tuple[str, str], bytes] = {}
+    for name, words in (("chain", ("-z", "20")), ("strips", ("-z", "20", "-c", "2:1"))):
+        cluster.dog("vdi", "create", *words, name, "3M")
+        for number in range(3):
+            write(cluster, name, number * MiB // 2, pattern(number, MiB))
+            cluster.dog("vdi", "snapshot", "-s", f"s{number}", name)
+            snapshots[name, f"s{number}"] = read_all(cluster, name)
+    cluster.dog("vdi", "clone", "-s", "s1", "chain", "clone")
+    write(cluster, "clone", 5, b"clone")
+    cluster.dog("vdi", "snapshot", "-s", "mine", "clone")
+    snapshots["clone", "mine"] = read_all(cluster, "clone")
     cluster.dog("vdi", "create", "-y", "huge", "16P")
     assert b"  16 PB " in cluster.dog("vdi", "list").stdout
     [row] = rows(cluster, "huge")
@@ -227,6 +302,8 @@ def test_hyper_volume(start_cluster: Callable[..., SheepCluster]) -> None:
             opened.write(place, pattern(number, MiB))
 
     def check() -> None:
+        for number, ((name, tag), content) in enumerate(snapshots.items()):
+            assert read_all(cluster, name, tag=tag, node=cluster.live[number % len(cluster.live)].index) == content
         for number, place in enumerate(places):
             node = cluster.live[number % len(cluster.live)].index
             assert read(cluster, "huge", place, MiB, node=node) == pattern(number, MiB)
@@ -243,10 +320,15 @@ def test_hyper_volume(start_cluster: Callable[..., SheepCluster]) -> None:
     cluster.restart(2)
     cluster.wait_recovered()
     check()
-    assert cluster.dog("vdi", "check", "huge").stdout == b"finish check&repair huge\n"
-    cluster.dog("vdi", "delete", "huge")
+    restart_all(cluster)
+    check()
+    checked = cluster.dog("cluster", "check")
+    assert checked.stderr == b"" and b"fixed" not in checked.stdout
+    for row in rows(cluster):
+        cluster.dog("vdi", "delete", *(("-s", row[2]) if row[0] == "s" else ()), row[1])
     wait_stored(cluster, {})
     wait_stored(cluster, {}, is_btree)
+    wait_stored(cluster, {}, is_ledger)
     assert rows(cluster) == []
 
 
@@ -297,7 +379,7 @@ def test_hyper_volume_limits(cluster: SheepCluster) -> None:
 
 def test_vm_state(cluster: SheepCluster) -> None:
     """SNAP-10: what a client saves as vm state with a snapshot is there under that snapshot's id, also after the vdi
-    went on."""
+    went on; it is checked with the snapshot, and goes with it."""
     from sheepdog.client.volume import read_object, write_object
     from sheepdog.model.ids import vmstate_oid
 
@@ -306,12 +388,24 @@ def test_vm_state(cluster: SheepCluster) -> None:
     state = pattern(5, 3 * 4096)
     with cluster.connect(1) as connection:
         write_object(connection.request, vmstate_oid(vid, 0), state, copies=2, create=True)
+        # QEMU says in the inode how much there is, before it makes the snapshot.
+        write_object(connection.request, inode_oid(vid), len(state).to_bytes(8, "little"), offset=544, copies=2)
     cluster.dog("vdi", "snapshot", "-s", "saved", "vm")
     write(cluster, "vm", 0, b"after")
     with cluster.connect(2) as connection:
         old = vid_of_name(cluster, "vm", tag="saved")
         assert old == vid
         assert read_object(connection.request, vmstate_oid(old, 0), len(state)) == state
+    holder = cluster.sheep[cluster.census()[vmstate_oid(old, 0), -1][0]]
+    (holder.directory / "obj" / f"{vmstate_oid(old, 0):016x}").unlink()
+    assert f"missing {vmstate_oid(old, 0):016x} on {holder.address}\n" in (
+        cluster.dog("vdi", "check", "--dry-run", "-s", "saved", "vm", check=False).stdout.decode()
+    )
+    assert cluster.dog("vdi", "check", "-s", "saved", "vm").stdout.decode() == (
+        f"fixed missing {vmstate_oid(old, 0):016x}\nfinish check&repair vm\n"
+    )
+    cluster.dog("vdi", "delete", "-s", "saved", "vm")
+    wait_until(lambda: not stored(cluster, lambda oid: oid == vmstate_oid(old, 0)), "the vm state to go")
 
 
 def test_snapshot_output(cluster: SheepCluster) -> None:

@@ -1,4 +1,4 @@
-"""Data objects live exactly as long as somebody can read them (behaviours GC-1 to GC-4 and GC-9)."""
+"""Data objects live exactly as long as somebody can read them (behaviours GC-1 to GC-5 and GC-9)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ from scenes import (
     write,
 )
 
-from sheepdog.model.ids import data_oid, is_ledger
+from sheepdog.client.volume import delete_vdi
+from sheepdog.model.ids import data_oid, inode_oid, is_ledger
+from sheepdog.model.inode import map_offset
 from sheepdog.testing.cluster import SheepCluster, wait_until
+from sheepdog.wire.opcodes import Op
 
 pytestmark = [pytest.mark.processes, pytest.mark.matrix, pytest.mark.timeout(180)]
 
@@ -154,6 +157,77 @@ def test_clones(cluster: SheepCluster) -> None:
     cluster.dog("vdi", "delete", "two")
     wait_stored(cluster, {})
     wait_until(lambda: not stored(cluster, is_ledger), "the ledgers to go")
+
+
+def test_map_entries_that_stay(cluster: SheepCluster) -> None:
+    """A client that writes a range of the map, of which only some entries change, keeps the reference counts of the
+    others: what a snapshot shares there survives its copying on write."""
+    cluster.dog("vdi", "create", "v", "2M")
+    write(cluster, "v", 0, pattern(1, 2 * MiB))
+    cluster.dog("vdi", "snapshot", "-s", "s", "v")
+    old, new = vid_of_name(cluster, "v", tag="s"), vid_of_name(cluster, "v")
+    with cluster.connect(1) as connection:
+        call = connection.request
+        data = pattern(2, MiB)
+        assert call(Op.CREATE_AND_WRITE_OBJ, oid=data_oid(new, 0), copies=COPIES, body=data).result == 0
+        entries = new.to_bytes(4, "little") + old.to_bytes(4, "little")
+        assert call(Op.WRITE_OBJ, oid=inode_oid(new), copies=COPIES, offset=map_offset(0), body=entries).result == 0
+    write(cluster, "v", MiB, pattern(3, MiB))
+    both = {data_oid(vid, index): COPIES for vid in (old, new) for index in (0, 1)}
+    wait_stored(cluster, both)
+    assert read_all(cluster, "v", tag="s") == pattern(1, 2 * MiB)
+    assert read_all(cluster, "v") == pattern(2, MiB) + pattern(3, MiB)
+    cluster.dog("vdi", "delete", "-s", "s", "v")
+    wait_stored(cluster, {data_oid(new, index): COPIES for index in (0, 1)})
+    cluster.dog("vdi", "delete", "v")
+    wait_stored(cluster, {})
+    wait_stored(cluster, {}, is_ledger)
+
+
+def test_deletion_by_one_request(cluster: SheepCluster) -> None:
+    """A client that deletes without clearing the map before, as QEMU does, leaves nothing: no name that cannot be used
+    again and no object; what a snapshot shares stays, and goes with that in the same way."""
+    for number in range(2):
+        cluster.dog("vdi", "create", "v", "3M")
+        write(cluster, "v", 0, pattern(number, 2 * MiB))
+        cluster.dog("vdi", "snapshot", "-s", "s", "v")
+        write(cluster, "v", MiB, pattern(9, MiB))
+        old = vid_of_name(cluster, "v", tag="s")
+        with cluster.connect(number) as connection:
+            delete_vdi(connection.request, b"v")
+            wait_stored(cluster, {data_oid(old, index): COPIES for index in (0, 1)})
+            assert read_all(cluster, "v", tag="s") == pattern(number, 2 * MiB) + bytes(MiB)
+            delete_vdi(connection.request, b"v", tag=b"s")
+        wait_stored(cluster, {})
+        wait_stored(cluster, {}, is_ledger)
+        assert cluster.dog("vdi", "list", "-r").stdout == b""
+
+
+def test_rollback_and_unshared_clones(cluster: SheepCluster) -> None:
+    """GC-5: what only the discarded state of a rollback had goes; a clone without sharing has objects of its own, which
+    go with it, and holds none of its source's."""
+    cluster.dog("vdi", "create", "v", "3M")
+    write(cluster, "v", 0, pattern(1, 2 * MiB))
+    cluster.dog("vdi", "snapshot", "-s", "s", "v")
+    write(cluster, "v", 0, pattern(2, 3 * MiB))
+    old = vid_of_name(cluster, "v", tag="s")
+    shared = {data_oid(old, index): COPIES for index in (0, 1)}
+    cluster.dog("vdi", "rollback", "-f", "-s", "s", "v")
+    wait_stored(cluster, shared)
+    cluster.dog("vdi", "clone", "-n", "-s", "s", "v", "free")
+    free = vid_of_name(cluster, "free")
+    own = {data_oid(free, index): COPIES for index in (0, 1)}
+    wait_stored(cluster, shared | own)
+    for words in (("-s", "s", "v"), ("v",)):
+        cluster.dog("vdi", "delete", *words)
+    wait_stored(cluster, own)
+    assert read_all(cluster, "free") == pattern(1, 2 * MiB) + bytes(MiB)
+    done = cluster.dog("vdi", "alter-copy", "-f", "-c", "1", "free")
+    assert done.stderr == b"free's redundancy level is set to 1, the old one was 2.\n"
+    wait_stored(cluster, dict.fromkeys(own, 1))
+    cluster.dog("vdi", "delete", "free")
+    wait_stored(cluster, {})
+    wait_stored(cluster, {}, is_ledger)
 
 
 def test_discard_of_a_shared_object(cluster: SheepCluster) -> None:

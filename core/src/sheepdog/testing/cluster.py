@@ -52,11 +52,18 @@ def run_python(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", module, *arguments]
 
 
-def reserve_port() -> socket.socket:
-    """A bound, silent socket: its port is ours until it is closed, and a sheep can listen on it meanwhile."""
+def reserve_port(port: int = 0) -> socket.socket:
+    """A bound, silent socket: its port is ours until it is closed, and a sheep can listen on it meanwhile.
+
+    :raises OSError: somebody else has the port.
+    """
     holder = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    holder.bind((HOST, 0))
+    try:
+        holder.bind((HOST, port))
+    except OSError:
+        holder.close()
+        raise
     return holder
 
 
@@ -73,17 +80,21 @@ def wait_until(true: Callable[[], bool], what: str, *, timeout_s: float = START_
 
 
 class Sheep:
-    """One sheep of a ``SheepCluster``: its place, and its process while it runs."""
+    """One sheep of a ``SheepCluster``: its place, and its process while it runs.
 
-    def __init__(self, index: int, directory: Path, *, zone: int, nbd: bool, gateway: bool) -> None:
+    ``disks``: further directories of its PATH; without any the objects are in ``directory``.
+    """
+
+    def __init__(self, index: int, directory: Path, *, zone: int, nbd: bool, gateway: bool, port: int = 0) -> None:
         self.index = index
         self.directory = directory
+        self.disks: tuple[Path, ...] = ()
         self.zone = zone
         self.gateway = gateway
         self.log_path = directory.with_name(f"{directory.name}.log")
         self.pid_path = directory.with_name(f"{directory.name}.pid")
         self.paused = False
-        self._port_holder = reserve_port()
+        self._port_holder = reserve_port(port)
         self._nbd_holder = reserve_port() if nbd else None
         self.process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
@@ -128,7 +139,7 @@ class Sheep:
         self._close_log()
         self._log = self.log_path.open("ab")
         self.process = subprocess.Popen(
-            run_python("sheepdog_cli.sheep", *arguments, *options, str(self.directory)),
+            run_python("sheepdog_cli.sheep", *arguments, *options, ",".join(map(str, (self.directory, *self.disks)))),
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
@@ -209,6 +220,7 @@ class SheepCluster:
     :param nbd: each sheep serves NBD too.
     :param sync: writes are synchronous; tests rarely need that.
     :param options: further words of each sheep's command line.
+    :param ports: of each sheep, where stored data was made with them; free ones by default.
     :param base: directory for everything; a temporary one that is removed at the end by default.
     """
 
@@ -225,8 +237,10 @@ class SheepCluster:
         nbd: bool = False,
         sync: bool = False,
         options: Sequence[str] = (),
+        ports: Sequence[int] = (),
         base: Path | None = None,
     ) -> None:
+        """:raises OSError: somebody else has one of ``ports``."""
         self.driver = driver or os.environ.get("SHEEPDOG_TEST_CLUSTER", "local")
         self.store = store or os.environ.get("SHEEPDOG_TEST_STORE", "plain")
         storing = len(set((zones or range(count))[: count - gateways]))
@@ -247,7 +261,9 @@ class SheepCluster:
             for index in range(count):
                 zone = index if zones is None else zones[index]
                 directory = self.base / f"sheep{index}"
-                self.sheep.append(Sheep(index, directory, zone=zone, nbd=nbd, gateway=index >= count - gateways))
+                port = ports[index] if ports else 0
+                gateway = index >= count - gateways
+                self.sheep.append(Sheep(index, directory, zone=zone, nbd=nbd, gateway=gateway, port=port))
             self._specs = self._make_specs()
         except BaseException:
             self.close()
