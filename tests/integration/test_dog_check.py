@@ -276,7 +276,7 @@ def test_dry_run(cluster: SheepCluster) -> None:
     broken, node = files_of(cluster, tree)[0]
     missing.unlink()
     overwrite(differing, b"rot", 4096)
-    overwrite(node, b"rot", 4664 + 8)
+    overwrite(node, b"rot", 600)
     expected = {
         "dry": [f"differing {second:016x} on {cluster.address(changed)}",
                 f"missing {first:016x} on {cluster.address(gone)}"],

@@ -43,6 +43,7 @@ RESULT_NEW_NODE_VER = 0x82
 THREADS = 8
 LOOKS = 3  # a difference that is still there after so many is no write on its way
 PAUSE_S = 0.2
+BLOCK_BYTES = 4096  # of a strip; a multiple of every stripe's share in it
 
 _FORW = Struct("<Q16sH6x")
 
@@ -183,14 +184,16 @@ class Checker:
     def _check_strips(self, oid: int, holders: tuple[Node, ...], scheme: RedundancyScheme) -> None:
         length = scheme.shard_bytes(object_bytes(oid, self._header.block_size_shift))
         strips = self._strips(oid, holders, length)
+        steady: dict[int, bytearray] = strips
         for _ in range(LOOKS - 1):
-            if len(strips) < len(holders) or scheme.verify(strips):
+            if len(strips) < len(holders) or _fit(scheme, steady):
                 break
             time.sleep(PAUSE_S)
-            strips = self._strips(oid, holders, length)
+            before, strips = strips, self._strips(oid, holders, length)
+            steady = _unchanged(before, strips)
         missing = [at for at in range(len(holders)) if at not in strips]
         if not missing:
-            if not scheme.verify(strips):
+            if not _fit(scheme, steady):
                 self._wrong(f"object {format_oid(oid)} is inconsistent")
             return
         spare = scheme.shards - scheme.shards_to_read
@@ -262,6 +265,20 @@ class Checker:
 
 def _no_majority(digests: dict[int, bytes]) -> bool:
     return bool(digests) and Counter(digests.values()).most_common(1)[0][1] * 2 <= len(digests)
+
+
+def _fit(scheme: RedundancyScheme, strips: dict[int, bytearray]) -> bool:
+    return not any(strips.values()) or scheme.verify(strips)
+
+
+def _unchanged(before: dict[int, bytearray], now: dict[int, bytearray]) -> dict[int, bytearray]:
+    """Of all strips the blocks that no strip has changed in between: what does not fit together there is no write."""
+    if before.keys() != now.keys():
+        return now
+    length = len(next(iter(now.values()), b""))
+    every = [slice(start, start + BLOCK_BYTES) for start in range(0, length, BLOCK_BYTES)]
+    blocks = [block for block in every if all(before[at][block] == strip[block] for at, strip in now.items())]
+    return {at: bytearray().join(strip[block] for block in blocks) for at, strip in now.items()}
 
 
 def _scheme(header: InodeHeader) -> RedundancyScheme:
