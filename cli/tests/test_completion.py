@@ -53,6 +53,10 @@ def test_names_and_tags() -> None:
     assert values("vdi", "backup", "beta", "-F") == []
     assert values("vdi", "read", "alpha") == []
     assert values("vdi", "object", "dump-inode") == []
+    assert values("cluster", "snapshot", "save", "tag", "/path", incomplete="a") == ["alpha"]
+    assert values("cluster", "snapshot", "load", "tag", "/path", "alpha") == ["alpha", "beta"]
+    assert values("cluster", "snapshot", "load", "tag") == []
+    assert values("vdi", "check", incomplete="--d") == ["--dry-run"]
     assert values("cluster", "format", "-z", incomplete="3") == ["30", "31"]
 
 

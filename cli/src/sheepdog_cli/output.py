@@ -80,6 +80,8 @@ class Progress:
 
     def set(self, done: int) -> None:
         """``done`` of ``total``; the line ends when both are equal."""
+        if self.done == done == self.total:
+            return  # shown, and the line ended
         self.done = done
         if not self._shown or not self.total:
             return
