@@ -106,7 +106,7 @@ from sheepdog.model.ring import DiskRing, Ring
 if TYPE_CHECKING:
     from sheepdog.builtin.filestore import FileStore, Layout
     from sheepdog.builtin.grouplog import GroupMember, GroupState, RecordDamaged
-    from sheepdog.builtin.groupsession import GroupSession, Mailbox
+    from sheepdog.builtin.groupsession import GroupSession, Mailbox, ServiceDriver, ServiceSession
     from sheepdog.builtin.streams import StreamListening, StreamTransport
     from sheepdog.builtin.tls import TlsChannel as TlsChannel
 
@@ -122,6 +122,8 @@ _LATE = {
     "Layout": "sheepdog.builtin.filestore",
     "Mailbox": "sheepdog.builtin.groupsession",
     "RecordDamaged": "sheepdog.builtin.grouplog",
+    "ServiceDriver": "sheepdog.builtin.groupsession",
+    "ServiceSession": "sheepdog.builtin.groupsession",
     "StreamListening": "sheepdog.builtin.streams",
     "StreamTransport": "sheepdog.builtin.streams",
     "TlsChannel": "sheepdog.builtin.tls",
@@ -212,6 +214,8 @@ __all__ = [
     "RedundancyScheme",
     "RequestError",
     "Ring",
+    "ServiceDriver",
+    "ServiceSession",
     "Services",
     "SessionLost",
     "ShardKey",

@@ -387,13 +387,17 @@ def split_spec(spec: str) -> tuple[str, str]:
     return name, options
 
 
-def make_cluster_driver(spec: str) -> ClusterDriver:
-    """The driver that ``sheep -c name[:options]`` asks for. Errors as ``load``, and ``ConfigError`` for bad options."""
+def make_cluster_driver(spec: str, directory: str) -> ClusterDriver:
+    """The driver that ``sheep -c name[:options]`` asks for. Errors as ``load``, and ``ConfigError`` for bad options.
+
+    :param directory: the base directory of the sheep.
+    """
     from sheepdog.contracts.cluster import ClusterDriver
 
     name, options = split_spec(spec)
     # mypy wants a concrete class for type[T]; an abstract one is exactly what is meant here
-    return _host.make("cluster", name, ClusterDriver, options=options)  # type: ignore[type-abstract]  # see above
+    arguments = {"options": options, "directory": directory}
+    return _host.make("cluster", name, ClusterDriver, **arguments)  # type: ignore[type-abstract]  # see above
 
 
 def make_object_store(name: str, options: StoreOptions) -> ObjectStore:

@@ -4,24 +4,33 @@ A bounded queue of events, one broadcast at a time, the clock that says whether 
 a library's threads.
 
 A driver derives from :class:`GroupSession`, appends records to its log in ``append`` and hands what it reads from the
-log to ``take``, in order.
+log to ``take``, in order. One whose log is kept by a service derives from :class:`ServiceDriver` and
+:class:`ServiceSession`, which bring joining and leaving, and the clock that is moved on by answers of the service.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import socket
 import time
 from abc import abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import anyio
+import anyio.abc
 import anyio.lowlevel
 
 from sheepdog.api import (
     PAYLOAD_BYTES_MAX,
+    ClusterDriver,
+    ClusterError,
     ClusterSession,
+    ClusterUnavailable,
+    ConfigError,
     Event,
     GroupMember,
     GroupState,
@@ -32,7 +41,12 @@ from sheepdog.api import (
     SessionLost,
 )
 
+logger = logging.getLogger(__name__)
+
 EVENTS_MAX = 256  # read ahead of the caller
+MARGIN = 0.8  # of the session time: after that part without an answer we distrust ourselves
+GIVE_UP = 2.0  # session times without an answer: then the session is lost, whatever the service thinks
+GOODBYE_S = 2.0  # for telling the others that we leave; they find out by themselves too
 
 
 class Mailbox:
@@ -227,3 +241,113 @@ class _Events(AsyncIterator[Event]):
     async def __anext__(self) -> Event:
         await anyio.lowlevel.checkpoint()
         return await self._session.next_event()
+
+
+class ServiceSession(GroupSession):
+    """A session whose log is kept by a service, which a library with threads of its own talks to.
+
+    :param service: what messages call it, with its address.
+    :param session_s: the service, or the other members, count us out when they did not hear of us for that long. To be
+        corrected when the service grants another time.
+    :param ended: sessions of this process that are over, though the service may not know yet.
+    """
+
+    disconnect_limit_s = 2.0
+    """For the threads of the library. They need milliseconds, but what they wait for may hang."""
+
+    def __init__(self, me: Node, service: str, session_s: float, ended: set[bytes]) -> None:
+        super().__init__(me)
+        self.mailbox = Mailbox()
+        self.service = service
+        self.session_s = session_s
+        self._ended = ended
+        self._contact_s = time.monotonic()
+        self._closed = False
+
+    @property
+    @abstractmethod
+    def detection_s(self) -> float:
+        """As ``ClusterDriver.detection_s``, for the session time that was granted."""
+
+    @abstractmethod
+    async def begin(self, tasks: anyio.abc.TaskGroup, greeting: bytes) -> None:
+        """We are a member, and what works for the session is in ``tasks``. Ends in bounded time.
+
+        :raises ConfigError: as ``join``.
+        :raises ClusterUnavailable: as ``join``.
+        :raises SessionLost: as soon as it began.
+        """
+
+    async def say_goodbye(self) -> None:
+        """The others see our ``Left``. Called once, while we are a member."""
+        await self.append(GroupState.leave_record(self.id))
+
+    @abstractmethod
+    async def disconnect(self) -> None:
+        """What ``begin`` opened is closed, whatever had come of it."""
+
+    async def aclose(self) -> None:
+        """The others see our ``Left`` soon; nothing is open any more. Ends in bounded time."""
+        if self._closed:
+            return
+        self._closed = True
+        with anyio.move_on_after(GOODBYE_S, shield=True):
+            if self.lost is None and self.joined:
+                with contextlib.suppress(ClusterError, ConfigError):
+                    await self.say_goodbye()
+        self.lose("the session was left")
+        self._ended.add(self.id)
+        with anyio.move_on_after(self.disconnect_limit_s, shield=True) as scope:
+            await self.disconnect()
+        if scope.cancelled_caught:
+            logger.info("the connection to %s does not end; it is left behind", self.service)
+
+    def contact(self, asked_s: float) -> None:
+        """What we asked at ``asked_s`` was answered: nobody can count us out before a session time from then."""
+        self._contact_s = max(self._contact_s, asked_s)
+        self.deadline_s = self._contact_s + self.session_s * MARGIN
+
+    def give_up(self) -> None:
+        """To be called now and then: the session is lost if there was no answer for too long."""
+        if time.monotonic() - self._contact_s > GIVE_UP * self.session_s:
+            self.lose(f"no answer from {self.service} for {GIVE_UP * self.session_s:.1f} s")
+
+
+class ServiceDriver(ClusterDriver):
+    """Joins with sessions that ``session`` makes."""
+
+    def __init__(self) -> None:
+        self.ended: set[bytes] = set()
+
+    @abstractmethod
+    def session(self, me: Node) -> ServiceSession:
+        """A session that has not opened anything yet; ``ended`` is for it."""
+
+    def join(self, me: Node, greeting: bytes) -> AbstractAsyncContextManager[ClusterSession]:
+        return self._join(me, greeting)
+
+    @asynccontextmanager
+    async def _join(self, me: Node, greeting: bytes) -> AsyncIterator[ClusterSession]:
+        if len(greeting) > PAYLOAD_BYTES_MAX:
+            raise PayloadTooLarge(f"a greeting of {len(greeting)} bytes; {PAYLOAD_BYTES_MAX} are allowed")
+        session = self.session(me)
+        failure: Exception | None = None
+        async with anyio.create_task_group() as tasks:
+            try:
+                tasks.start_soon(session.mailbox.run)
+                try:
+                    await session.begin(tasks, greeting)
+                except SessionLost as error:
+                    raise ClusterUnavailable(f"{session.service}: {error}") from error
+                self.detection_s = session.detection_s
+                yield session
+            except Exception as error:
+                failure = error  # leaves the task group as itself, not wrapped into a group
+            finally:
+                try:
+                    await session.aclose()
+                finally:  # else the group would wait for the mailbox for ever
+                    session.mailbox.close()
+                    tasks.cancel_scope.cancel()
+        if failure is not None:
+            raise failure

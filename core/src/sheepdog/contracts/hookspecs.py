@@ -54,10 +54,12 @@ def _hookspec(function: F) -> F:
 
 
 @_hookspec
-def sheepdog_cluster_driver(options: str) -> ClusterDriver:  # type: ignore[empty-body]  # a specification has no body
+def sheepdog_cluster_driver(options: str, directory: str) -> ClusterDriver:  # type: ignore[empty-body]  # a specification
     """A cluster driver that has not opened anything yet.
 
     :param options: the text after ``name:`` of ``sheep -c``, unchanged; empty when there is none.
+    :param directory: the base directory of the sheep, absolute. A driver that must remember something keeps it in a
+        subdirectory that has the driver's name.
     :raises ConfigError: the options make no sense; the message says what to write instead.
     """
 

@@ -267,7 +267,7 @@ def main(config: SheepConfig, started: Callable[[], None] = lambda: None) -> int
     from sheepdog import plugins
 
     try:
-        driver = plugins.make_cluster_driver(config.cluster)
+        driver = plugins.make_cluster_driver(config.cluster, config.base)
         front_ends = [plugins.make_front_end(front.name, front.options) for front in config.front_ends]
         redundancies = plugins.make_redundancies()
         if config.redundancy is not None:
