@@ -94,6 +94,8 @@ class Sheep:
         self.log_path = directory.with_name(f"{directory.name}.log")
         self.pid_path = directory.with_name(f"{directory.name}.pid")
         self.paused = False
+        self.killed = False
+        """Ended without a word, and not started since."""
         self._port_holder = reserve_port(port)
         self._nbd_holder = reserve_port() if nbd else None
         self.process: subprocess.Popen[bytes] | None = None
@@ -159,6 +161,7 @@ class Sheep:
         :raises ClusterFailure: it did not end in time; it was killed then.
         """
         assert self.process is not None
+        self.killed = number == signal.SIGKILL
         self.signal(number)
         if self.paused and number != signal.SIGKILL:
             self.signal(signal.SIGCONT)
@@ -256,6 +259,7 @@ class SheepCluster:
         self.base.mkdir(parents=True, exist_ok=True)
         self._services = ExitStack()
         self._specs: list[str] = []
+        self._remembered: Callable[[int], bool] | None = None
         self.sheep: list[Sheep] = []
         try:
             for index in range(count):
@@ -283,6 +287,11 @@ class SheepCluster:
             raise ClusterFailure(
                 f"driver {self.driver!r} needs the test tools here ({error}); try: pip install 'sheepdog-core[testing]'"
             ) from None
+
+        if self.driver in ("zk", "zookeeper"):
+            server = services.start_zookeeper(self.base, self._services)
+            self._remembered = server.remembers
+            return services.zookeeper_specs(server, count)
         return services.driver_specs(self.driver, count, self.base, self._services)
 
     def __enter__(self) -> SheepCluster:
@@ -309,6 +318,11 @@ class SheepCluster:
         self.wait_members()
 
     def _start(self, sheep: Sheep) -> None:
+        if self._remembered is not None and sheep.killed:
+            # With this driver a sheep that comes back too early ends with a message, and is to be started once more.
+            remembered = self._remembered
+            wait_until(lambda: not remembered(sheep.port), f"the old session of sheep {sheep.index} to end")
+        sheep.killed = False
         sheep.start(self._specs[sheep.index], self.options, sync=self.sync)
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ input and output, so that SIGKILL and SIGSTOP hit a real driver at a real moment
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import math
 import os
@@ -30,6 +31,14 @@ from sheepdog.model.node import Node, NodeId
 START_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 30.0
 END_TIMEOUT_S = 10.0  # of a killed process
+
+
+def make_driver(module: str, options: str) -> ClusterDriver:
+    """What the hook of the plugin ``module`` returns; without a base directory, since there is no sheep."""
+    hook = importlib.import_module(module).sheepdog_cluster_driver
+    arguments = {"options": options, "directory": None}
+    driver: ClusterDriver = hook(**{name: arguments[name] for name in inspect.signature(hook).parameters})
+    return driver
 
 
 class KitMember(ABC):
@@ -306,8 +315,7 @@ class DriverCluster(KitCluster):
         self.detection_s = self.driver().detection_s
 
     def driver(self) -> ClusterDriver:
-        driver: ClusterDriver = importlib.import_module(self.module).sheepdog_cluster_driver(self.options)
-        return driver
+        return make_driver(self.module, self.options)
 
     async def spawn(self, node: Node, greeting: bytes = b"") -> SessionMember:
         member = SessionMember(node)
@@ -451,7 +459,7 @@ async def _serve(driver: ClusterDriver) -> None:
 
 
 def main(module: str, options: str, backend: str) -> None:
-    driver: ClusterDriver = importlib.import_module(module).sheepdog_cluster_driver(options)
+    driver = make_driver(module, options)
     if backend == "uvloop":
         anyio.run(_serve, driver, backend="asyncio", backend_options={"use_uvloop": True})
     else:
