@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import os
-import signal
+import socket
 import time
+from dataclasses import replace
 
 import anyio
 import pytest
@@ -13,6 +13,7 @@ from kazoo.client import KazooClient
 from kazoo.exceptions import NoAuthError
 
 from sheepdog.api import ClusterUnavailable, ConfigError, Joined, SessionLost
+from sheepdog.testing.certificates import Authority
 from sheepdog.testing.cluster_kit import (
     PATIENCE_S,
     assert_one_order,
@@ -99,6 +100,9 @@ def test_options(text, expected):
         ("a:1,auth=me", "user:password"),
         ("a:1,auth-file=/none", "cannot read"),
         ("a:1,tls=yes", "0 or 1"),
+        ("a:1,ca=/c", "tls=1"),
+        ("a:1,verify=0", "tls=1"),
+        ("a:1,tls=1,cert=/c", "together"),
     ],
 )
 def test_options_refused(text, match):
@@ -184,6 +188,26 @@ async def test_server_restart(own_server):
 
 
 @pytest.mark.anyio
+async def test_silent_server(own_server):
+    """A server that takes connections and does not answer, as one does that is just starting, costs no session."""
+    options = f"{own_server.address}/x,timeout=20000"
+    async with driver_cluster("sheepdog_cluster_zk", options, backend="uvloop", pause_s=20) as cluster:
+        member = await cluster.spawn(kit_node(0))
+        await settle([member], b"before")
+        own_server.stop()
+        with socket.create_server(("127.0.0.1", own_server.port)) as silent:
+            connection, _ = await anyio.to_thread.run_sync(silent.accept)
+        with connection:
+            own_server.start()
+            await anyio.to_thread.run_sync(own_server.wait)
+            serving_s = time.monotonic()
+            await settle([member], b"mark")
+            took_s = time.monotonic() - serving_s
+
+        assert took_s < 10, f"the member tried the next time after {took_s:.1f} s"
+
+
+@pytest.mark.anyio
 async def test_no_answer(own_server):
     """While the ensemble does not answer, a member distrusts itself in time, is lost in the end, and can join again.
 
@@ -193,7 +217,7 @@ async def test_no_answer(own_server):
     async with anyio.create_task_group() as tasks:
         member = SessionMember(kit_node(0))
         await member.start(tasks, driver, b"")
-        os.kill(own_server.process.pid, signal.SIGSTOP)
+        own_server.pause()
         stopped_s = time.monotonic()
         while await member.alive():
             await anyio.sleep(0.01)
@@ -204,7 +228,7 @@ async def test_no_answer(own_server):
         await member.leave()
         with pytest.raises(ClusterUnavailable):
             await SessionMember(kit_node(0)).start(tasks, driver, b"")
-        os.kill(own_server.process.pid, signal.SIGCONT)
+        own_server.resume()
         again = SessionMember(kit_node(0))
         with anyio.fail_after(PATIENCE_S):
             while again.session is None:
@@ -347,6 +371,66 @@ async def test_digest(zookeeper, root, client):
     assert payloads(member) == [b"mark"]
 
 
+def tls_options(server, root, ca, cert, key) -> ZookeeperOptions:
+    options = f"{server.address}{root},timeout=4000,tls=1,ca={ca},cert={cert},key={key}"
+    return replace(ZookeeperOptions.parse(options), connect_timeout_s=PATIENCE_S)
+
+
+@pytest.mark.anyio
+async def test_tls(tls_server, authority, root):
+    """Over an encrypted port that wants certificates of both sides, members talk as over any other."""
+    driver = ZookeeperDriver(tls_options(tls_server, root, authority.ca, *authority.issue("sheep")))
+    async with anyio.create_task_group() as tasks:
+        members = [SessionMember(kit_node(i)) for i in range(2)]
+        for member in members:
+            await member.start(tasks, driver, b"")
+        await settle(members, b"mark")
+        await members[1].leave()
+        await until_left(members[0], kit_node(1))
+        tasks.cancel_scope.cancel()
+
+    assert payloads(members[0]) == [b"mark"]
+
+
+@pytest.mark.anyio
+async def test_tls_refused(tls_server, authority, tmp_path, root):
+    """Whom one side does not trust the other side does not talk to, and the message says so.
+
+    That holds for a server of another authority, a server with another name, and a client with a strange certificate
+    or none; and a server that may be anybody (``verify=0``) is a matter of choice.
+    """
+    stranger = Authority(tmp_path / "stranger")
+    mine = authority.issue("sheep")
+    right = tls_options(tls_server, root, authority.ca, *mine)
+    elsewhere = right.servers[0].replace("127.0.0.1", "localhost")
+    cases = {
+        "another authority": (replace(right, ca=str(stranger.ca)), "CERTIFICATE_VERIFY_FAILED"),
+        "another name": (replace(right, servers=(elsewhere,)), "CERTIFICATE_VERIFY_FAILED"),
+        "strange client": (tls_options(tls_server, root, authority.ca, *stranger.issue("thief")), "encryption"),
+        "no certificate": (replace(right, cert=None, key=None), "encryption"),
+    }
+    for case, (options, words) in cases.items():
+        driver = ZookeeperDriver(replace(options, connect_timeout_s=1.0))
+        with anyio.fail_after(PATIENCE_S), pytest.raises(ClusterUnavailable) as refusal:
+            async with driver.join(kit_node(0), b""):
+                pass
+        assert words in str(refusal.value), case
+    unchecked = ZookeeperDriver(replace(right, ca=str(stranger.ca), verify=False))
+    async with unchecked.join(kit_node(0), b"") as session:
+        assert session.alive()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("name", ["none.pem", "empty.pem"])
+async def test_bad_certificate_file(tmp_path, name):
+    """A certificate file that is not there, or holds no certificate, is named before anything is tried."""
+    (tmp_path / "empty.pem").write_text("")
+    driver = ZookeeperDriver(ZookeeperOptions(("127.0.0.1:1",), tls=True, ca=str(tmp_path / name)))
+    with pytest.raises(ConfigError, match=f"cannot use the certificate files.*{name}"):
+        async with driver.join(kit_node(0), b""):
+            pass
+
+
 @pytest.mark.anyio
 async def test_status_and_names(cluster, root, client):
     """Member znodes have the names that operators know, and the status tells the granted session time."""
@@ -367,3 +451,4 @@ async def test_granted_time(zookeeper, root):
         status = await session.status()
 
     assert status["timeout_ms"] == 20000
+    assert driver.detection_s == 31.0

@@ -19,12 +19,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import anyio
+import anyio.abc
 import anyio.to_thread
 import cbor2
 from kazoo.client import KazooClient, KazooState
@@ -45,27 +45,23 @@ from kazoo.protocol.states import KeeperState
 from kazoo.security import make_digest_acl
 
 from sheepdog.api import (
-    PAYLOAD_BYTES_MAX,
-    ClusterDriver,
-    ClusterSession,
     ClusterUnavailable,
     ConfigError,
-    GroupSession,
     GroupState,
     Joined,
-    Mailbox,
     Node,
-    PayloadTooLarge,
     RecordDamaged,
+    ServiceDriver,
+    ServiceSession,
     SessionLost,
 )
 from sheepdog_cluster_zk.options import ZookeeperOptions
+from sheepdog_cluster_zk.tls import handshake_failure, tls_context
 
 logger = logging.getLogger(__name__)
 
-MARGIN = 0.8  # of the session time: after that part without an answer we distrust ourselves
-GIVE_UP = 2.0  # session times without an answer: then the session is lost, whatever the ensemble thinks
-CLEANUP_S = 2.0
+ATTEMPT = 0.25  # of the session time, for one attempt to connect to one server
+ATTEMPT_S_MIN = 1.0  # a busy server needs a moment
 FETCH_BATCH = 32  # requests in flight while reading the queue
 RANK_DELAY_S = 0.3  # by which each next oldest member is slower to report a death
 GUARD_INTERVAL_S = 5.0  # between two looks at the members without a reason
@@ -73,72 +69,39 @@ RETRY_DELAY_S = 0.05
 DELETE_BATCH = 100
 
 
-class ZookeeperDriver(ClusterDriver):
+class ZookeeperDriver(ServiceDriver):
     """The cluster below one path of an ensemble."""
 
     name = "zookeeper"
 
     def __init__(self, options: ZookeeperOptions) -> None:
+        super().__init__()
         self.options = options
-        # An ensemble drops sessions at its tick, which is at most half of the least session time it grants.
-        self.detection_s = 1.5 * options.timeout_s + 1.0
-        self._ended: set[bytes] = set()  # sessions of ours that are over, though the ensemble may not know yet
+        self.detection_s = detection_s(options.timeout_s)
 
-    def join(self, me: Node, greeting: bytes) -> AbstractAsyncContextManager[ClusterSession]:
-        return self._join(me, greeting)
-
-    @asynccontextmanager
-    async def _join(self, me: Node, greeting: bytes) -> AsyncIterator[ClusterSession]:
-        if len(greeting) > PAYLOAD_BYTES_MAX:
-            raise PayloadTooLarge(f"a greeting of {len(greeting)} bytes; {PAYLOAD_BYTES_MAX} are allowed")
-        session = ZookeeperSession(self.options, me, self._ended)
-        failure: Exception | None = None
-        async with anyio.create_task_group() as tasks:
-            try:
-                tasks.start_soon(session.mailbox.run)
-                try:
-                    await session.open()
-                    tasks.start_soon(session.follow)
-                    with anyio.move_on_after(self.options.connect_timeout_s) as scope:
-                        await session.enter(greeting)
-                    if scope.cancelled_caught:
-                        raise ClusterUnavailable(f"zookeeper {self.options.hosts} does not answer")
-                except SessionLost as error:
-                    raise ClusterUnavailable(f"zookeeper {self.options.hosts}: {error}") from error
-                tasks.start_soon(session.beat)
-                tasks.start_soon(session.guard)
-                yield session
-            except Exception as error:
-                failure = error  # leaves the task group as itself, not wrapped into a group
-            finally:
-                try:
-                    await session.aclose()
-                finally:  # else the group would wait for the mailbox for ever
-                    session.mailbox.close()
-                    tasks.cancel_scope.cancel()
-        if failure is not None:
-            raise failure
+    def session(self, me: Node) -> ZookeeperSession:
+        return ZookeeperSession(self.options, me, self.ended)
 
 
-class ZookeeperSession(GroupSession):
+def detection_s(session_s: float) -> float:
+    """An ensemble drops sessions at its tick, which is at most half of the least session time it grants."""
+    return 1.5 * session_s + 1.0
+
+
+class ZookeeperSession(ServiceSession):
     """One member; one ZooKeeper session, never a second one."""
 
     def __init__(self, options: ZookeeperOptions, me: Node, ended: set[bytes]) -> None:
-        super().__init__(me)
-        self.mailbox = Mailbox()
+        super().__init__(me, f"zookeeper {options.hosts}", options.timeout_s, ended)
         self._options = options
-        self._ended = ended
-        self._timeout_s = options.timeout_s  # as granted, once connected
         self._session_id = 0
         self._over = False  # set by kazoo's thread: the ensemble dropped the session
-        self._closed = False
         self._connected = anyio.Event()
         self._queue_dirty = anyio.Event()
         self._members_dirty = anyio.Event()
         self._position = 0  # number of the next queue entry to read
         self._position_told = -1
         self._state_at = 0  # position of the snapshot in ROOT/state, as far as we know
-        self._contact_s = time.monotonic()
         user, _, password = (options.auth or "").partition(":")
         self._client = KazooClient(
             hosts=options.hosts,
@@ -151,6 +114,7 @@ class ZookeeperSession(GroupSession):
             certfile=options.cert,
             keyfile=options.key,
             verify_certs=options.verify,
+            check_hostname=options.verify,
         )
         self._member_path = f"{options.root}/member/{member_name(me)}"
         self._queue_path = f"{options.root}/queue"
@@ -206,24 +170,54 @@ class ZookeeperSession(GroupSession):
         """Runs in kazoo's thread."""
         self.mailbox.post(lambda: self._members_dirty.set())
 
-    def _note_granted_time(self) -> None:
-        """Kazoo keeps the granted session time to itself; it is 3/2 of the read timeout that its connect returns."""
+    def _adjust_kazoo(self) -> None:
+        """Two things that kazoo has no option for.
+
+        It keeps the granted session time to itself; it is 3/2 of the read timeout that its connect returns. And it
+        waits a whole session time for a server that does not answer, be it switched off or just starting; by then the
+        session is over, although the next server, or the next attempt, would have answered at once.
+        """
         connection: Any = self._client._connection  # Any: kazoo is not typed
-        connect = connection._connect
+        handler = self._client.handler
+        connect, invoke, create_connection = connection._connect, connection._invoke, handler.create_connection
+
+        def limit_s() -> float:
+            return max(ATTEMPT_S_MIN, self.session_s * ATTEMPT)
 
         def noting(*args: Any) -> Any:  # Any: passed through
             read_timeout_ms, connect_timeout_ms = connect(*args)
-            self._timeout_s = read_timeout_ms * 1.5 / 1000
+            self.session_s = read_timeout_ms * 1.5 / 1000
             return read_timeout_ms, connect_timeout_ms
 
-        connection._connect = noting
+        def impatient(timeout_s: float, *args: Any, **options: Any) -> Any:  # Any: passed through
+            return invoke(min(timeout_s, limit_s()), *args, **options)
+
+        def create(*args: Any, timeout: float, **options: Any) -> Any:  # Any: passed through
+            return create_connection(*args, timeout=min(timeout, limit_s()), **options)
+
+        connection._connect, connection._invoke, handler.create_connection = noting, impatient, create
 
     # -- joining and leaving ------------------------------------------------------------------------------------
 
-    async def open(self) -> None:
+    @property
+    def detection_s(self) -> float:
+        return detection_s(self.session_s)
+
+    async def begin(self, tasks: anyio.abc.TaskGroup, greeting: bytes) -> None:
+        await self._open()
+        tasks.start_soon(self.follow)
+        with anyio.move_on_after(self._options.connect_timeout_s) as scope:
+            await self.enter(greeting)
+        if scope.cancelled_caught:
+            raise ClusterUnavailable(f"{self.service} does not answer")
+        tasks.start_soon(self.beat)
+        tasks.start_soon(self.guard)
+
+    async def _open(self) -> None:
         """Connected; our identity is ours; the state is that of some moment in the past, from which to follow."""
+        context = tls_context(self._options)  # before kazoo, whose thread would die of a bad file without a word
         self._client.add_listener(self._listen)
-        self._note_granted_time()
+        self._adjust_kazoo()
         self._client.start_async()
         with anyio.move_on_after(self._options.connect_timeout_s):
             await self._connected.wait()
@@ -237,8 +231,10 @@ class ZookeeperSession(GroupSession):
                 return
         if self._client.client_state == KeeperState.AUTH_FAILED:
             raise ConfigError(f"zookeeper {self._options.hosts} does not accept auth=")
+        reason = await anyio.to_thread.run_sync(handshake_failure, self._options, context) if context else ""
         raise ClusterUnavailable(
             f"failed to connect to zk server {self._options.hosts} after {self._options.connect_timeout_s:.0f} seconds"
+            f"{reason}"
         )
 
     async def _claim_identity(self) -> None:
@@ -246,7 +242,7 @@ class ZookeeperSession(GroupSession):
 
         :raises ConfigError: another session has it.
         """
-        self._contact_s = time.monotonic()
+        asked_s = time.monotonic()
         data = cbor2.dumps([1, self.id, -1])
         while True:
             try:
@@ -260,13 +256,13 @@ class ZookeeperSession(GroupSession):
                     break  # our own create, whose answer was lost
                 if _member_fields(content)[0] not in self._ended:
                     raise ConfigError(
-                        f"Previous zookeeper session exist, shoot myself. Please wait for {self._timeout_s:.0f} "
+                        f"Previous zookeeper session exist, shoot myself. Please wait for {self.session_s:.0f} "
                         f"seconds to join me again. ({self.me.id.text} is in use below {self._options.root})"
                     )
                 await self._insist(partial(self._client.delete_async, self._member_path, stat.version))
             except (NoNodeError, BadVersionError):
                 pass
-        self._contact(self._contact_s)
+        self.contact(asked_s)
 
     async def _load(self) -> None:
         """The state is that of ``ROOT/state``."""
@@ -280,18 +276,12 @@ class ZookeeperSession(GroupSession):
                 raise ConfigError(f"znode {self._state_path} was not written by this driver: {error}") from error
         self._state_at = self._position
 
-    async def aclose(self) -> None:
-        """The others see our ``Left`` soon; kazoo's threads have ended, unless they hang."""
-        if self._closed:
-            return
-        self._closed = True
-        with anyio.move_on_after(CLEANUP_S, shield=True):
-            if self.lost is None and self.joined:
-                with contextlib.suppress(SessionLost, ConfigError, ClusterUnavailable, KazooException):
-                    await self.append(GroupState.leave_record(self.id))
-            self.lose("the session was left")
-            self._ended.add(self.id)
-            await anyio.to_thread.run_sync(self._stop, abandon_on_cancel=True)
+    async def say_goodbye(self) -> None:
+        with contextlib.suppress(KazooException):
+            await super().say_goodbye()
+
+    async def disconnect(self) -> None:
+        await anyio.to_thread.run_sync(self._stop, abandon_on_cancel=True)
 
     def _stop(self) -> None:
         self._client.stop()
@@ -303,7 +293,7 @@ class ZookeeperSession(GroupSession):
     async def append(self, record: bytes) -> None:
         started_s = time.monotonic()
         await self._insist(lambda: self._client.create_async(f"{self._queue_path}/", record, sequence=True))
-        self._contact(started_s)
+        self.contact(started_s)
 
     async def follow(self) -> None:
         """Everything in the queue is taken, in order, until the session is lost."""
@@ -349,17 +339,12 @@ class ZookeeperSession(GroupSession):
 
     # -- who lives ----------------------------------------------------------------------------------------------
 
-    def _contact(self, asked_s: float) -> None:
-        """The ensemble answered what we asked at ``asked_s``; until then at least our session stood."""
-        self._contact_s = max(self._contact_s, asked_s)
-        self.deadline_s = self._contact_s + self._timeout_s * MARGIN
-
     def alive(self) -> bool:
         return not self._over and super().alive()
 
     async def beat(self) -> None:
         """Asks the ensemble whether our member znode stands, several times per session time."""
-        interval_s = self._timeout_s / 6
+        interval_s = self.session_s / 6
         while self.lost is None:
             asked_s = time.monotonic()
             try:
@@ -376,15 +361,14 @@ class ZookeeperSession(GroupSession):
                 if not scope.cancelled_caught:
                     if stat.ephemeralOwner != self._session_id:
                         raise NoNodeError
-                    self._contact(asked_s)
+                    self.contact(asked_s)
             except NoNodeError:
                 self.lose("our member znode is gone")
             except (SessionExpiredError, ConnectionClosedError, AuthFailedError):
                 self.lose("the zookeeper session expired")
             except KazooException as error:
                 logger.debug("zookeeper heartbeat: %r", error)
-            if time.monotonic() - self._contact_s > GIVE_UP * self._timeout_s:
-                self.lose(f"no answer from zookeeper {self._options.hosts} for {GIVE_UP * self._timeout_s:.1f} s")
+            self.give_up()
             await anyio.sleep(max(0.0, interval_s - (time.monotonic() - asked_s)))
 
     async def guard(self) -> None:
@@ -459,7 +443,7 @@ class ZookeeperSession(GroupSession):
             "path": self._options.root,
             "state": "alive" if self.alive() else f"lost: {self.lost}" if self.lost else "no contact",
             "session": f"{self._session_id:x}",
-            "timeout_ms": round(self._timeout_s * 1000),
+            "timeout_ms": round(self.session_s * 1000),
             "members": len(self.state.members),
             "position": self._position,
         }

@@ -46,7 +46,8 @@ class ZookeeperOptions:
     def parse(cls, text: str) -> ZookeeperOptions:
         """The options that ``text`` states.
 
-        :raises ConfigError: no server, a bad timeout, an unknown key, an unreadable auth file.
+        :raises ConfigError: no server, a bad timeout, an unknown key, options that need others, or an
+            unreadable auth file.
         """
         servers: list[str] = []
         root = DEFAULT_ROOT
@@ -91,6 +92,10 @@ class ZookeeperOptions:
             values.pop("key", None),
             _flag(values, "verify", True),
         )
+        if not options.tls and (options.ca or options.cert or options.key or not options.verify):
+            raise ConfigError("zookeeper options ca=, cert=, key= and verify= are for encrypted connections; say tls=1")
+        if (options.cert is None) != (options.key is None):
+            raise ConfigError("zookeeper options cert= and key= are given together")
         if values:
             raise ConfigError(f"unknown zookeeper option {min(values)!r}; known: {KEYS}")
         return options
