@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import os
-import signal
+import json
+import ssl
 import time
+import urllib.request
+from dataclasses import replace
 
 import anyio
 import etcd3
 import pytest
 
 from sheepdog.api import ClusterUnavailable, ConfigError, Joined, SessionLost
+from sheepdog.testing.certificates import Authority
 from sheepdog.testing.cluster_kit import (
     PATIENCE_S,
     assert_one_order,
@@ -98,6 +101,7 @@ def test_options(text, expected):
         ("a:1,speed=5", "unknown etcd option"),
         ("a:1,user=me", "both user= and password-file="),
         ("a:1,user=me,password-file=/none", "cannot read"),
+        ("a:1,user=me,password-file=/dev/null", "encrypted connection"),
         ("a:1,cert=/c", "together"),
     ],
 )
@@ -191,7 +195,7 @@ async def test_no_answer(own_server):
     async with anyio.create_task_group() as tasks:
         member = SessionMember(kit_node(0))
         await member.start(tasks, driver, b"")
-        os.kill(own_server.process.pid, signal.SIGSTOP)
+        own_server.pause()
         stopped_s = time.monotonic()
         while await member.alive():
             await anyio.sleep(0.01)
@@ -202,7 +206,7 @@ async def test_no_answer(own_server):
         await member.leave()
         with pytest.raises(ClusterUnavailable):
             await SessionMember(kit_node(0)).start(tasks, driver, b"")
-        os.kill(own_server.process.pid, signal.SIGCONT)
+        own_server.resume()
         again = await rejoin(tasks, driver, kit_node(0))
         await settle([again], b"mark")
         tasks.cancel_scope.cancel()
@@ -266,6 +270,91 @@ async def test_nobody_there():
     with anyio.fail_after(8), pytest.raises(ClusterUnavailable, match="does not answer"):
         async with driver.join(kit_node(0), b""):
             pass
+
+
+# -- who may --
+
+
+def tls_options(server, ca, cert, key) -> EtcdOptions:
+    options = EtcdOptions.parse(f"{server.address}/x,ttl=4,ca={ca},cert={cert},key={key}")
+    return replace(options, connect_timeout_s=PATIENCE_S)
+
+
+@pytest.mark.anyio
+async def test_tls(tls_server, authority):
+    """Over encrypted connections with certificates on both sides members talk as over any other."""
+    driver = EtcdDriver(tls_options(tls_server, authority.ca, *authority.issue("sheep")))
+    async with anyio.create_task_group() as tasks:
+        members = [SessionMember(kit_node(i)) for i in range(2)]
+        for member in members:
+            await member.start(tasks, driver, b"")
+        await settle(members, b"mark")
+        await members[1].leave()
+        await until_left(members[0], kit_node(1))
+        tasks.cancel_scope.cancel()
+
+    assert payloads(members[0]) == [b"mark"]
+
+
+@pytest.mark.anyio
+async def test_tls_refused(tls_server, authority, tmp_path):
+    """Whom one side does not trust the other side does not talk to; the message tells what is known of it.
+
+    That holds for a server of another authority or with another name, and for a client with a strange certificate or
+    none.
+    """
+    stranger = Authority(tmp_path / "stranger")
+    right = tls_options(tls_server, authority.ca, *authority.issue("sheep"))
+    cases = {
+        "another authority": (replace(right, ca=str(stranger.ca)), "CERTIFICATE_VERIFY_FAILED"),
+        "another name": (replace(right, endpoints=(("localhost", tls_server.port),)), "Hostname"),
+        "strange client": (tls_options(tls_server, authority.ca, *stranger.issue("thief")), ""),
+        "no certificate": (replace(right, cert=None, key=None), ""),
+    }
+    for case, (options, words) in cases.items():
+        driver = EtcdDriver(replace(options, connect_timeout_s=2.0))
+        with anyio.fail_after(PATIENCE_S), pytest.raises(ClusterUnavailable, match="does not answer") as refusal:
+            async with driver.join(kit_node(0), b""):
+                pass
+        assert words in str(refusal.value), case
+
+
+@pytest.mark.anyio
+async def test_password(tls_server, authority, tmp_path):
+    """Where etcd wants a password, who knows it is a member also after a restart of etcd; others are told so."""
+    cert, key = authority.issue("sheep")
+    context = ssl.create_default_context(cafile=str(authority.ca))
+    context.load_cert_chain(cert, key)
+
+    def administer(path: str, **fields: object) -> None:
+        data = json.dumps(fields).encode()
+        request = urllib.request.Request(f"https://{tls_server.address}/v3/auth/{path}", data)
+        with urllib.request.urlopen(request, timeout=PATIENCE_S, context=context) as answer:
+            answer.read()
+
+    administer("user/add", name="root", password="secret")
+    administer("role/add", name="root")
+    administer("user/grant", user="root", role="root")
+    administer("enable")
+    (tmp_path / "right").write_text("secret\n")
+    (tmp_path / "wrong").write_text("guess\n")
+    plain = f"{tls_server.address}/x,ttl=15,ca={authority.ca},cert={cert},key={key}"
+    text = f"{plain},user=root,password-file={tmp_path}"
+    for options in (plain, f"{text}/wrong"):
+        with pytest.raises(ConfigError, match="refuses us"):
+            async with EtcdDriver(EtcdOptions.parse(options)).join(kit_node(0), b""):
+                pass
+    async with anyio.create_task_group() as tasks:
+        member = SessionMember(kit_node(0))
+        await member.start(tasks, EtcdDriver(EtcdOptions.parse(f"{text}/right")), b"")
+        await settle([member], b"before")
+        tls_server.stop()
+        tls_server.start()
+        await anyio.to_thread.run_sync(tls_server.wait)
+        await settle([member], b"mark")
+        tasks.cancel_scope.cancel()
+
+    assert payloads(member) == [b"before", b"mark"]
 
 
 # -- the order --

@@ -26,12 +26,12 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import anyio
+import anyio.abc
 import anyio.to_thread
 import cbor2
 import grpc
@@ -41,27 +41,21 @@ from etcd3.exceptions import Etcd3Exception, RevisionCompactedError
 from etcd3.utils import prefix_range_end, to_bytes
 
 from sheepdog.api import (
-    PAYLOAD_BYTES_MAX,
-    ClusterDriver,
-    ClusterSession,
     ClusterUnavailable,
     ConfigError,
     GroupMember,
-    GroupSession,
     GroupState,
-    Mailbox,
     Node,
-    PayloadTooLarge,
     RecordDamaged,
+    ServiceDriver,
+    ServiceSession,
     SessionLost,
 )
 from sheepdog_cluster_etcd.options import EtcdOptions
 
 logger = logging.getLogger(__name__)
 
-MARGIN = 0.8  # of the lease: after that part without an answer we distrust ourselves
-GIVE_UP = 2.0  # leases without an answer: then the session is lost, whatever etcd thinks
-CLEANUP_S = 2.0
+EXPIRY_S = 1.5  # at most between the end of a lease and its removal: etcd looks for them twice a second
 RETRY_DELAY_S = 0.1
 SILENT_BEATS = 3
 BOUND_EXTRA_S = 3.0  # etcd looks for expired leases twice a second, and may be slow
@@ -78,66 +72,26 @@ CHANNEL_OPTIONS = [
 REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.INVALID_ARGUMENT)
 
 
-class EtcdDriver(ClusterDriver):
+class EtcdDriver(ServiceDriver):
     """The cluster below one prefix of an etcd."""
 
     name = "etcd"
 
     def __init__(self, options: EtcdOptions) -> None:
+        super().__init__()
         self.options = options
-        self.detection_s = options.ttl_s + 1.5  # etcd looks for expired leases twice a second
-        self._ended: set[bytes] = set()  # sessions of ours that are over, though etcd may not know yet
+        self.detection_s = options.ttl_s + EXPIRY_S
 
-    def join(self, me: Node, greeting: bytes) -> AbstractAsyncContextManager[ClusterSession]:
-        return self._join(me, greeting)
-
-    @asynccontextmanager
-    async def _join(self, me: Node, greeting: bytes) -> AsyncIterator[ClusterSession]:
-        if len(greeting) > PAYLOAD_BYTES_MAX:
-            raise PayloadTooLarge(f"a greeting of {len(greeting)} bytes; {PAYLOAD_BYTES_MAX} are allowed")
-        session = EtcdSession(self.options, me, self._ended)
-        failure: Exception | None = None
-        async with anyio.create_task_group() as tasks:
-            try:
-                tasks.start_soon(session.mailbox.run)
-                try:
-                    with anyio.move_on_after(self.options.connect_timeout_s) as scope:
-                        session.joining = scope
-                        await session.open(greeting)
-                    if scope.cancelled_caught:
-                        raise ClusterUnavailable(f"etcd {self.options.text} does not answer")
-                except SessionLost as error:
-                    raise ClusterUnavailable(f"etcd {self.options.text}: {error}") from error
-                except RecordDamaged as error:
-                    raise ConfigError(
-                        f"keys below {self.options.prefix} in etcd {self.options.text} were not written by this "
-                        f"driver ({error}); name another prefix"
-                    ) from error
-                self.detection_s = session.ttl_s + 1.5
-                tasks.start_soon(session.follow)
-                tasks.start_soon(session.beat)
-                yield session
-            except Exception as error:
-                failure = error  # leaves the task group as itself, not wrapped into a group
-            finally:
-                try:
-                    await session.aclose()
-                finally:  # else the group would wait for the mailbox for ever
-                    session.mailbox.close()
-                    tasks.cancel_scope.cancel()
-        if failure is not None:
-            raise failure
+    def session(self, me: Node) -> EtcdSession:
+        return EtcdSession(self.options, me, self.ended)
 
 
-class EtcdSession(GroupSession):
+class EtcdSession(ServiceSession):
     """One member; one lease, never a second one."""
 
     def __init__(self, options: EtcdOptions, me: Node, ended: set[bytes]) -> None:
-        super().__init__(me)
-        self.mailbox = Mailbox()
-        self.ttl_s = options.ttl_s  # as granted, once joined
+        super().__init__(me, f"etcd {options.text}", options.ttl_s, ended)
         self._options = options
-        self._ended = ended
         self._client: Any = None  # Any: the library is not typed
         self._limiter = anyio.CapacityLimiter(THREADS_MAX)
         self._lease: int | None = None
@@ -145,9 +99,8 @@ class EtcdSession(GroupSession):
         self._seen = 0  # revision up to which everything was taken
         self._placed = 0  # value of our number key, as far as we know
         self._taking = False
-        self._contact_s = 0.0
-        self._closed = False
-        self.joining: anyio.CancelScope | None = None  # ends the attempt to join
+        self._joining: anyio.CancelScope | None = None  # ends the attempt to join
+        self._trouble = ""  # what the last attempt to reach etcd ended with
         self._arrived = anyio.Event()
         self._backlog: deque[tuple[object, Any]] = deque()  # (watch, response or error); Any: the library is not typed
         self._watch: object = None
@@ -185,7 +138,7 @@ class EtcdSession(GroupSession):
         ]
         self._client = MultiEndpointEtcd3Client(
             endpoints,
-            timeout=max(1.0, self.ttl_s / 3),
+            timeout=max(1.0, self.session_s / 3),
             user=options.user,
             password=options.password,
             failover=True,
@@ -216,10 +169,16 @@ class EtcdSession(GroupSession):
                 if error.code() is grpc.StatusCode.NOT_FOUND:
                     self.lose("the etcd lease is gone")
                     self.check_lost()
-                logger.debug("etcd %s: %s", self._options.text, error)
+                self._note(error)
             except (Etcd3Exception, ValueError) as error:  # ValueError: a channel closed by another thread
-                logger.debug("etcd %s: %r", self._options.text, error)
+                self._note(error.__context__ or error)
             await anyio.sleep(RETRY_DELAY_S)
+
+    def _note(self, error: BaseException) -> None:
+        """Kept for the message with which a join gives up; the library's own exceptions have no words."""
+        if isinstance(error, grpc.RpcError) and error.details():
+            self._trouble = f": {error.details()}"
+        logger.debug("%s: %r", self.service, error)
 
     def _list(self, prefix: str, **options: Any) -> list[Any]:  # Any: the library is not typed
         """Runs on a worker thread; the library's generator asks only while it is read."""
@@ -239,7 +198,25 @@ class EtcdSession(GroupSession):
 
     # -- joining and leaving ------------------------------------------------------------------------------------
 
-    async def open(self, greeting: bytes) -> None:
+    @property
+    def detection_s(self) -> float:
+        return self.session_s + EXPIRY_S
+
+    async def begin(self, tasks: anyio.abc.TaskGroup, greeting: bytes) -> None:
+        try:
+            with anyio.move_on_after(self._options.connect_timeout_s) as self._joining:
+                await self._open(greeting)
+        except RecordDamaged as error:
+            raise ConfigError(
+                f"keys below {self._options.prefix} in {self.service} were not written by this driver ({error}); "
+                "name another prefix"
+            ) from error
+        if self._joining.cancelled_caught:
+            raise ClusterUnavailable(f"{self.service} does not answer{self._trouble}")
+        tasks.start_soon(self.follow)
+        tasks.start_soon(self.beat)
+
+    async def _open(self, greeting: bytes) -> None:
         """We are a member, and know all the others at this revision.
 
         :raises ConfigError: another session has our identity.
@@ -248,8 +225,8 @@ class EtcdSession(GroupSession):
         await self._insist(self._connect)
         asked_s = time.monotonic()
         lease = await self._insist(lambda: self._client.lease(self._options.ttl_s))
-        self._lease, self.ttl_s = lease.id, lease.ttl
-        self._renewed(asked_s)
+        self._lease, self.session_s = lease.id, lease.ttl
+        self.contact(asked_s)
         record = GroupState.join_record(GroupMember(self.id, self.me), b"")
         entry = GroupState.join_record(GroupMember(self.id, self.me), greeting)
         do = self._client.transactions
@@ -299,13 +276,13 @@ class EtcdSession(GroupSession):
         started_s = time.monotonic()
         left_s: float | None = None
         renewals = 0
-        bound_s = 1.5 * self.ttl_s + BOUND_EXTRA_S
+        bound_s = 1.5 * self.session_s + BOUND_EXTRA_S
         logger.info("%s was in use a moment ago, waiting for the end of its lease", self.me.id.text)
         while True:
             asked_s = time.monotonic()
             answers = await self._insist(lambda: list(self._client.refresh_lease(self._lease)))
             if answers and answers[0].TTL > 0:
-                self._renewed(asked_s)
+                self.contact(asked_s)
             found = await self._insist(lambda: self._client.get_response(self._member_key).kvs)
             if not found or found[0].create_revision != held.create_revision:
                 return
@@ -319,23 +296,19 @@ class EtcdSession(GroupSession):
                     f"{self._options.text}, which is alive"
                 )
             left_s = lease.TTL
-            if self.joining is not None:  # etcd answers; this wait has a bound of its own
-                self.joining.deadline = anyio.current_time() + self._options.connect_timeout_s
+            if self._joining is not None:  # etcd answers; this wait has a bound of its own
+                self._joining.deadline = anyio.current_time() + self._options.connect_timeout_s
             await anyio.sleep(RETRY_DELAY_S)
 
-    async def aclose(self) -> None:
-        """Our keys are gone, so the others see our ``Left``; or they go when the lease ends."""
-        if self._closed:
-            return
-        self._closed = True
-        self.lose("the session was left")
-        self._ended.add(self.id)
+    async def say_goodbye(self) -> None:
+        """Nothing to do: the lease, which ``disconnect`` gives back, holds our keys."""
+
+    async def disconnect(self) -> None:
         if self._client is not None:
-            with anyio.move_on_after(CLEANUP_S, shield=True):
-                if self._lease is not None:
-                    with contextlib.suppress(Etcd3Exception, grpc.RpcError, ValueError):
-                        await self._thread(partial(self._client.revoke_lease, self._lease))
-                await self._thread(self._disconnect)
+            if self._lease is not None:
+                with contextlib.suppress(Etcd3Exception, grpc.RpcError, ValueError):
+                    await self._thread(partial(self._client.revoke_lease, self._lease))
+            await self._thread(self._disconnect)
 
     # -- the order ----------------------------------------------------------------------------------------------
 
@@ -459,14 +432,9 @@ class EtcdSession(GroupSession):
 
     # -- who lives ----------------------------------------------------------------------------------------------
 
-    def _renewed(self, asked_s: float) -> None:
-        """etcd has prolonged the lease as we asked at ``asked_s``."""
-        self._contact_s = asked_s
-        self.deadline_s = asked_s + self.ttl_s * MARGIN
-
     async def beat(self) -> None:
         """Keeps the lease, and notices a watch that is silent although there is something to tell."""
-        interval_s = self.ttl_s / 4
+        interval_s = self.session_s / 4
         behind = 0
         while self.lost is None:
             asked_s = time.monotonic()
@@ -476,7 +444,7 @@ class EtcdSession(GroupSession):
                     if answers and answers[0].TTL <= 0:
                         self.lose("the etcd lease ended")
                     elif answers:
-                        self._renewed(asked_s)
+                        self.contact(asked_s)
                     behind = behind + 1 if await self._behind() else 0
                     if behind >= SILENT_BEATS:
                         behind = 0
@@ -484,8 +452,7 @@ class EtcdSession(GroupSession):
                         self._arrive(self._watch, None)
             except (Etcd3Exception, grpc.RpcError, ValueError) as error:
                 logger.debug("etcd heartbeat: %r", error)
-            if time.monotonic() - self._contact_s > GIVE_UP * self.ttl_s:
-                self.lose(f"no answer from etcd {self._options.text} for {GIVE_UP * self.ttl_s:.0f} s")
+            self.give_up()
             await anyio.sleep(max(0.0, interval_s - (time.monotonic() - asked_s)))
 
     async def _behind(self) -> bool:
@@ -504,7 +471,7 @@ class EtcdSession(GroupSession):
             "prefix": self._options.prefix,
             "state": "alive" if self.alive() else f"lost: {self.lost}" if self.lost else "no contact",
             "lease": f"{self._lease or 0:x}",
-            "ttl": self.ttl_s,
+            "ttl": self.session_s,
             "members": len(self.state.members),
             "revision": self._seen,
         }

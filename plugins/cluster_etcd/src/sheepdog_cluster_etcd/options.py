@@ -73,6 +73,8 @@ class EtcdOptions:
             password = _first_line(values.pop("password-file"))
         if (user is None) != (password is None):
             raise ConfigError("etcd wants both user= and password-file=, or neither")
+        if user is not None and "ca" not in values:
+            raise ConfigError("etcd options user= and password-file= want an encrypted connection: give ca= as well")
         options = cls(
             tuple(endpoints),
             prefix,
