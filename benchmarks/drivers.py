@@ -9,7 +9,6 @@ are sessions of this process, so the figures are those of the driver and its ser
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import statistics
@@ -23,11 +22,11 @@ from typing import Any
 
 import anyio
 
-from sheepdog.contracts.cluster import ClusterDriver, ClusterSession, Delivered, Joined, Left
+from sheepdog.contracts.cluster import ClusterSession, Delivered, Joined, Left
 from sheepdog.errors import SheepdogError
 from sheepdog.model.node import Node, NodeId
 from sheepdog.testing import services
-from sheepdog.testing.cluster_worker import ProcessMember
+from sheepdog.testing.cluster_worker import ProcessMember, make_driver
 
 MODULES = {
     "local": "sheepdog_cluster_local",
@@ -76,11 +75,6 @@ class Member:
                 await self._changed.wait()
 
 
-def make_driver(name: str, options: str) -> ClusterDriver:
-    driver: ClusterDriver = importlib.import_module(MODULES[name]).sheepdog_cluster_driver(options)
-    return driver
-
-
 @asynccontextmanager
 async def members(name: str, specs: Specs, count: int) -> AsyncIterator[tuple[list[Member], float]]:
     """``count`` members that all see each other, and the seconds that this took when all came at once."""
@@ -89,7 +83,7 @@ async def members(name: str, specs: Specs, count: int) -> AsyncIterator[tuple[li
         stop = anyio.Event()
 
         async def live(index: int) -> None:
-            async with make_driver(name, specs(index)).join(node(index), b"") as session:
+            async with make_driver(MODULES[name], specs(index)).join(node(index), b"") as session:
                 member = found[index] = Member(session)
                 async with anyio.create_task_group() as following:
                     following.start_soon(member.follow)
@@ -162,6 +156,7 @@ class Places:
     def __init__(self, name: str, base: Path, stack: ExitStack) -> None:
         self.name = name
         self.base = base
+        self.stack = stack
         self.count = 0
         base.mkdir(parents=True, exist_ok=True)
         self.address = ""
@@ -180,11 +175,13 @@ class Places:
                 return lambda index: f"{self.address}/bench{number},timeout={SESSION_S * 1000}"
             case "etcd":
                 return lambda index: f"{self.address}/bench{number},ttl={SESSION_S}"
-        voters = [f"127.0.0.1:{port}" for port in services.free_ports(VOTERS if members >= VOTERS else 1)]
+        voters = [f"127.0.0.1:{port}" for port in services.hold_ports(VOTERS if members >= VOTERS else 1, self.stack)]
+        secret = self.base / "secret"
+        secret.write_text("for benchmarks")
 
         def spec(index: int) -> str:
-            own = f",self={voters[index]},dir={self.base}/{number}-{index}" if index < len(voters) else ""
-            return f"{','.join(voters)}{own},timeout={SESSION_S * 1000}"
+            own = f"{voters[index]},dir={self.base}/{number}-{index}" if index < len(voters) else "none"
+            return f"{','.join(voters)},self={own},timeout={SESSION_S * 1000},password-file={secret}"
 
         return spec
 
@@ -200,7 +197,7 @@ async def measure(name: str, base: Path, sizes: list[int], rounds: int, repeats:
             result |= await measure_broadcasts(group, rounds)
             times = await measure_detection(name, group, specs(VOTERS), repeats)
             result |= {"detection_median_s": statistics.median(times), "detection_max_s": max(times)}
-            result["detection_stated_s"] = make_driver(name, specs(0)).detection_s
+            result["detection_stated_s"] = make_driver(MODULES[name], specs(0)).detection_s
         for size in sizes:
             async with members(name, places.new(size), size) as (_, seconds):
                 result[f"join_{size}_s"] = seconds

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import socket
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from sheepdog.testing.cluster_kit import once_is_enough
-from sheepdog.testing.services import hang_guard
+from sheepdog.testing.services import hang_guard, hold_ports
 from sheepdog_cluster_raft.options import RaftOptions
 from sheepdog_cluster_raft.server import Server
 
@@ -25,35 +25,34 @@ def no_hang(request):
         yield
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [listener.getsockname()[1] for listener in sockets]
-    for listener in sockets:
-        listener.close()
-    return ports
+SECRET = "for tests"
 
 
 class Voters:
     """Servers without members."""
 
-    def __init__(self, directory, password: str | None = None, count: int = 3) -> None:
-        self.password = password
-        self.addresses = tuple(f"127.0.0.1:{port}" for port in free_ports(count))
+    def __init__(self, directory: Path, stack: ExitStack, count: int = 3) -> None:
+        self.addresses = tuple(f"127.0.0.1:{port}" for port in hold_ports(count, stack))
         self.directory = directory
         self.servers: dict[int, Server] = {}
+        directory.mkdir(parents=True)
+        self.secret_file = directory / "secret"
+        self.secret_file.write_text(f"{SECRET}\n")
 
     @property
     def text(self) -> str:
-        return ",".join(self.addresses)
+        """Options of a member that follows."""
+        return f"{','.join(self.addresses)},self=none,password-file={self.secret_file}"
+
+    def options(self, index: int) -> RaftOptions:
+        options = RaftOptions(self.addresses, SECRET, self.addresses[index], str(self.directory / str(index)))
+        if len(self.addresses) == 1:  # nobody else can stand for election
+            options = replace(options, election_s=0.05)
+        return options
 
     def start(self, *indexes: int) -> None:
         for index in indexes:
-            directory = str(self.directory / str(index))
-            options = RaftOptions(self.addresses, self.addresses[index], directory, password=self.password)
-            if len(self.addresses) == 1:  # nobody else can stand for election
-                options = replace(options, election_s=0.05)
-            self.servers[index] = Server(options)
+            self.servers[index] = Server(self.options(index))
             self.servers[index].start()
 
     def wait(self) -> None:
@@ -72,18 +71,19 @@ class Voters:
 def make_voters():
     """Makes groups of voters below a directory; they have stopped when the test ends."""
     made: list[Voters] = []
+    with ExitStack() as stack:
 
-    def make(directory, password: str | None = None, count: int = 3) -> Voters:
-        voters = Voters(directory, password, count)
-        made.append(voters)
-        voters.start(*range(count))
-        voters.wait()
-        return voters
+        def make(directory: Path, count: int = 3) -> Voters:
+            voters = Voters(directory, stack, count)
+            made.append(voters)
+            voters.start(*range(count))
+            voters.wait()
+            return voters
 
-    yield make
-    for voters in made:
-        for index in list(voters.servers):
-            voters.stop(index)
+        yield make
+        for voters in made:
+            for index in list(voters.servers):
+                voters.stop(index)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ class TestRaft(ClusterKit):
         async def cluster():
             # The voters know nothing of the loop that members run on: one loop meets three of them, the other one.
             number = 1 if anyio_backend_name == "trio" else 3
-            voters = await anyio.to_thread.run_sync(make_voters, tmp_path / str(next(count)), None, number)
+            voters = await anyio.to_thread.run_sync(make_voters, tmp_path / str(next(count)), number)
             options = f"{voters.text},timeout=1500"
             async with driver_cluster(
                 "sheepdog_cluster_raft", options, backend=backend, pause_s=2.5, blip_s=0.1

@@ -1,11 +1,19 @@
-"""What only the Raft driver can get wrong: voters, quorum, the log, the options."""
+"""What only the Raft driver can get wrong: voters, quorum, the log, strangers."""
 
 from __future__ import annotations
 
+import os
+import pickle
+import shutil
 import socket
+import struct
 import sys
+import zlib
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 
 import anyio
+import cbor2
 import pytest
 
 from sheepdog.api import ClusterUnavailable, ConfigError, GroupMember, GroupState, Joined
@@ -20,11 +28,21 @@ from sheepdog.testing.cluster_kit import (
     until_left,
 )
 from sheepdog.testing.cluster_worker import ProcessMember, SessionMember, driver_cluster
+from sheepdog.testing.services import hold_ports
+from sheepdog_cluster_raft import transport
 from sheepdog_cluster_raft.driver import RaftDriver
+from sheepdog_cluster_raft.journal import DurableJournal
 from sheepdog_cluster_raft.options import RaftOptions
-from sheepdog_cluster_raft.server import death_entry, record_entry
+from sheepdog_cluster_raft.server import Server, agreed_voters, death_entry, record_entry, voters_of
 
-LOOPBACK = "127.0.0.1:1,127.0.0.1:2"
+SECRET = "for tests"
+
+
+@pytest.fixture
+def ports():
+    """What is put on it lasts as long as the test."""
+    with ExitStack() as stack:
+        yield stack
 
 
 @pytest.fixture
@@ -33,7 +51,7 @@ def anyio_backend() -> str:
 
 
 def follower(voters, timeout_s: float = 1.5) -> RaftDriver:
-    return RaftDriver(RaftOptions(voters.addresses, timeout_s=timeout_s))
+    return RaftDriver(RaftOptions(voters.addresses, SECRET, "none", timeout_s=timeout_s))
 
 
 async def rejoin(tasks, driver, node) -> SessionMember:
@@ -49,48 +67,12 @@ async def rejoin(tasks, driver, node) -> SessionMember:
                 return member
 
 
-# -- options --
-
-
-def test_options(tmp_path):
-    """Voters, our own part, the directory, the time and the password."""
-    (tmp_path / "secret").write_text("abc\n")
-    text = f"10.0.0.1:4,10.0.0.2:4,self=10.0.0.2:4,dir={tmp_path},timeout=3000,password-file={tmp_path}/secret"
-    options = RaftOptions.parse(text)
-
-    assert options.voters == ("10.0.0.1:4", "10.0.0.2:4")
-    assert (options.self_address, options.directory) == ("10.0.0.2:4", str(tmp_path))
-    assert (options.timeout_s, options.password) == (3.0, "abc")
-
-
-@pytest.mark.parametrize(
-    ("text", "match"),
-    [
-        ("", "no raft voter"),
-        ("a", "HOST:PORT"),
-        ("127.0.0.1:1,127.0.0.1:1", "twice"),
-        (f"{LOOPBACK},timeout=10", "timeout"),
-        (f"{LOOPBACK},self=127.0.0.1:3,dir=/x", "none of the voters"),
-        (f"{LOOPBACK},self=127.0.0.1:2", "self= and dir="),
-        (f"{LOOPBACK},dir=/x", "self= and dir="),
-        (f"{LOOPBACK},speed=1", "unknown raft option"),
-        (f"timeout=3000,{LOOPBACK}", "before the options"),
-        (f"{LOOPBACK},password-file=/none", "cannot read"),
-        ("10.0.0.1:4,10.0.0.2:4", "password-file"),
-    ],
-)
-def test_options_refused(text, match):
-    """What cannot be understood, or would let strangers run code, is a ConfigError that says so."""
-    with pytest.raises(ConfigError, match=match):
-        RaftOptions.parse(text)
-
-
 @pytest.mark.anyio
 async def test_address_in_use(tmp_path):
     """A voter whose port is taken says so."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
-        driver = RaftDriver(RaftOptions((address,), address, str(tmp_path)))
+        driver = RaftDriver(RaftOptions((address,), SECRET, address, str(tmp_path)))
         with pytest.raises(ConfigError, match="cannot start the raft server"):
             async with driver.join(kit_node(0), b""):
                 pass
@@ -100,16 +82,27 @@ async def test_address_in_use(tmp_path):
 async def test_bad_directory(tmp_path):
     """A directory that cannot be made is a ConfigError."""
     (tmp_path / "file").write_text("")
-    driver = RaftDriver(RaftOptions(("127.0.0.1:1",), "127.0.0.1:1", str(tmp_path / "file" / "x")))
+    driver = RaftDriver(RaftOptions(("127.0.0.1:1",), SECRET, "127.0.0.1:1", str(tmp_path / "file" / "x")))
     with pytest.raises(ConfigError, match="cannot use raft directory"):
         async with driver.join(kit_node(0), b""):
             pass
 
 
+def test_directory_in_use(voters, ports):
+    """Two voters never share a directory: the second one says so before it touches anything."""
+    options = replace(voters.options(0), peers=(f"127.0.0.1:{hold_ports(1, ports)[0]}",))
+    options = replace(options, self_address=options.peers[0])
+    before = (voters.directory / "0" / "journal").stat().st_ino
+    with pytest.raises(ConfigError, match="another process uses it"):
+        Server(options).start()
+
+    assert (voters.directory / "0" / "journal").stat().st_ino == before
+
+
 @pytest.mark.anyio
 async def test_nobody_there():
     """A join without a leader ends in bounded time with ClusterUnavailable."""
-    driver = RaftDriver(RaftOptions(("127.0.0.1:1", "127.0.0.1:2"), connect_timeout_s=0.5))
+    driver = RaftDriver(RaftOptions(("127.0.0.1:1", "127.0.0.1:2"), SECRET, "none", connect_timeout_s=0.5))
     with anyio.fail_after(8), pytest.raises(ClusterUnavailable, match="no raft leader"):
         async with driver.join(kit_node(0), b""):
             pass
@@ -152,15 +145,14 @@ async def test_all_return(voters):
 
 
 @pytest.mark.anyio
-async def test_members_that_vote(tmp_path):
+async def test_members_that_vote(tmp_path, ports):
     """Three sheep are all there is: the leader is killed, the others go on, and it comes back with its log."""
-    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
-    addresses = [f"127.0.0.1:{listener.getsockname()[1]}" for listener in listeners]
-    for listener in listeners:
-        listener.close()
+    addresses = [f"127.0.0.1:{port}" for port in hold_ports(3, ports)]
+    (tmp_path / "secret").write_text(SECRET)
 
     def command(index: int) -> list[str]:
         options = f"{','.join(addresses)},self={addresses[index]},dir={tmp_path}/{index},timeout=1500"
+        options += f",password-file={tmp_path}/secret"
         return [sys.executable, "-m", "sheepdog.testing.cluster_worker", "sheepdog_cluster_raft", options, "uvloop"]
 
     async with anyio.create_task_group() as tasks:
@@ -229,21 +221,191 @@ async def test_voters_restart(voters):
 
 
 @pytest.mark.anyio
-async def test_password(tmp_path, make_voters):
-    """Who has the password joins over encrypted connections; who has none, or another one, gets no answer."""
-    voters = await anyio.to_thread.run_sync(make_voters, tmp_path / "voters", "secret")
-    right = RaftDriver(RaftOptions(voters.addresses, timeout_s=1.5, password="secret"))
+async def test_power_loss(voters, make_voters, tmp_path):
+    """What was broadcast is on the disks of a majority when the call returns, not only in their memories."""
+    driver = follower(voters)
     async with anyio.create_task_group() as tasks:
         member = SessionMember(kit_node(0))
-        await member.start(tasks, right, b"")
-        for password in (None, "guess"):
-            wrong = RaftDriver(RaftOptions(voters.addresses, password=password, connect_timeout_s=1.0))
-            with pytest.raises(ClusterUnavailable):
-                await SessionMember(kit_node(1)).start(tasks, wrong, b"")
+        await member.start(tasks, driver, b"")
+        for i in range(10):
+            await member.broadcast(b"%d" % i)
+        # what is not in the files at this moment is lost with the power
+        shutil.copytree(voters.directory, tmp_path / "after")
+        tasks.cancel_scope.cancel()
+    logs = []
+    for index, address in enumerate(voters.addresses):
+        journal = DurableJournal(tmp_path / "after" / str(index), address)
+        # the library's way to write down a call: a zero, and the pickled number of the method and its arguments
+        logs.append([pickle.loads(command[1:])[1][0] for command, _, _ in journal[:] if command[:1] == b"\0"])
+        journal._destroy()
+
+    for i in range(10):
+        entry = record_entry(GroupState.send_record(member.session.id, i + 1, b"%d" % i))
+        assert sum(entry in log for log in logs) >= 2, f"broadcast {i}"
+
+
+@pytest.mark.anyio
+async def test_join_by_any_voter(voters):
+    """Who knows one voter of a running cluster learns the others from it, and does not need that one any more."""
+    driver = RaftDriver(RaftOptions(voters.addresses[1:2], SECRET, "none", timeout_s=10))
+    async with anyio.create_task_group() as tasks:
+        member = SessionMember(kit_node(0))
+        await member.start(tasks, driver, b"")
+        await anyio.to_thread.run_sync(voters.stop, 1)
+        await settle([member], b"mark")
+        status = await member.status()
+        tasks.cancel_scope.cancel()
+
+    assert set(status["voters"].split(",")) == set(voters.addresses)
+
+
+@pytest.mark.anyio
+async def test_replace_a_voter(voters, ports):
+    """A dead voter is replaced by one of another address: the list is changed on one voter after the other.
+
+    The majority never changes its mind: who was a member before is one after, and the new voter counts.
+    """
+    driver = follower(voters, timeout_s=30)
+    async with anyio.create_task_group() as tasks:
+        first = SessionMember(kit_node(0))
+        await first.start(tasks, driver, b"")
+        await settle([first], b"before")
+        await anyio.to_thread.run_sync(voters.stop, 2)
+        voters.addresses = (*voters.addresses[:2], f"127.0.0.1:{hold_ports(1, ports)[0]}")
+        voters.directory = voters.directory.with_name("new")
+        (voters.directory).mkdir()
+        for index in range(2):
+            shutil.copytree(voters.directory.with_name("voters") / str(index), voters.directory / str(index))
+        agreed_voters(voters.options(2), [list(driver.options.voters)])  # one address differs, which is allowed
+        await anyio.to_thread.run_sync(voters.start, 2)
+        for index in range(2):
+            await anyio.to_thread.run_sync(voters.stop, index)
+            shutil.rmtree(voters.directory / str(index))
+            shutil.copytree(voters.directory.with_name("voters") / str(index), voters.directory / str(index))
+            await anyio.to_thread.run_sync(voters.start, index)
+        await anyio.to_thread.run_sync(voters.stop, 0)  # now the new one is needed for a majority
+        second = await rejoin(tasks, follower(voters, timeout_s=30), kit_node(1))
+        await settle([second], b"mark")
+        tasks.cancel_scope.cancel()
+
+    assert second.seen[0] == Joined(kit_node(1), b"", (kit_node(0), kit_node(1)))
+
+
+@pytest.mark.anyio
+async def test_another_list(voters, ports):
+    """A voter whose list differs in more than one address from that of those who run is refused."""
+    strange = tuple(f"127.0.0.1:{port}" for port in hold_ports(2, ports))
+    options = RaftOptions((voters.addresses[0], *strange), SECRET, strange[0], str(voters.directory / "x"))
+    with pytest.raises(ConfigError, match="change one voter at a time"):
+        async with RaftDriver(options).join(kit_node(0), b""):
+            pass
+
+
+@pytest.mark.anyio
+async def test_partition(voters):
+    """A voter that is cut off stops in time and knows that it is lost; the majority sees it leave once and goes on."""
+    driver = RaftDriver(replace(voters.options(0), timeout_s=1.5))
+    await anyio.to_thread.run_sync(voters.stop, 0)
+    async with anyio.create_task_group() as tasks:
+        minority = SessionMember(kit_node(0))
+        await minority.start(tasks, driver, b"")
+        majority = [SessionMember(kit_node(i)) for i in (1, 2)]
+        for member in majority:
+            others = RaftOptions(voters.addresses[1:], SECRET, "none", timeout_s=1.5, voters_max=2)
+            await member.start(tasks, RaftDriver(others), b"")
+        await settle([minority, *majority], b"before")
+        connections = minority.session._server._log._SyncObj__transport
+        connections.send = lambda *_: False
+        connections.setOnMessageReceivedCallback(lambda *_: None)
+        cut_s = anyio.current_time()
+        with anyio.fail_after(PATIENCE_S):
+            while await minority.alive():
+                await anyio.sleep(0.01)
+        doubt_s = anyio.current_time() - cut_s
+        for member in majority:
+            await until_left(member, minority.node)
+        await settle(majority, b"without")
+        await minority.until(lambda: minority.lost, PATIENCE_S)
+        await minority.leave()
+        again = await rejoin(tasks, driver, minority.node)
+        await settle([*majority, again], b"mark")
+        tasks.cancel_scope.cancel()
+
+    assert doubt_s < 1.5
+    assert payloads(minority) == [b"before"]
+    for member in majority:
+        assert left(member, minority.node) == 1
+        assert_sound(member.seen)
+    assert_one_order([*majority, again], b"mark")
+
+
+# -- strangers --
+
+
+@pytest.mark.anyio
+async def test_password(voters):
+    """Who has another secret gets no answer, as if nobody were there."""
+    async with anyio.create_task_group() as tasks:
+        member = SessionMember(kit_node(0))
+        await member.start(tasks, follower(voters), b"")
+        wrong = RaftDriver(RaftOptions(voters.addresses, "guess", "none", connect_timeout_s=1.0))
+        with pytest.raises(ClusterUnavailable, match="same secret"):
+            await SessionMember(kit_node(1)).start(tasks, wrong, b"")
         await settle([member], b"mark")
         tasks.cancel_scope.cancel()
 
     assert payloads(member) == [b"mark"] and len(member.seen) == 2
+
+
+class Bomb:
+    """Unpickled, it leaves a trace."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def closed(connection: socket.socket) -> bool:
+    """The other side closed the connection, within the time of the socket."""
+    with suppress(ConnectionError):
+        return connection.recv(1) == b""
+    return True
+
+
+def test_hostile_bytes(voters, tmp_path):
+    """Bytes of somebody without the secret are never unpickled, never kept in mass, and cost the connection."""
+    host, _, port = voters.addresses[0].rpartition(":")
+    pickled = zlib.compress(pickle.dumps(Bomb(str(tmp_path / "executed"))))
+    attacks = [
+        struct.pack("=i", len(pickled)) + pickled,
+        struct.pack("=i", 1 << 30) + b"x" * 1000,
+        struct.pack("=i", -5) + b"x" * 1000,
+        b"\xff" * 4 + b"y" * (1 << 20),
+        b"GET / HTTP/1.1\r\n\r\n",
+    ]
+    for attack in attacks:
+        with socket.create_connection((host, int(port)), 10) as connection:
+            with suppress(ConnectionError):
+                connection.sendall(attack)
+            assert closed(connection), attack[:10]
+
+    assert not (tmp_path / "executed").exists()
+    assert voters_of(voters.addresses[0], SECRET) == list(voters.addresses)
+
+
+def test_many_strangers(voters, monkeypatch):
+    """Connections that say nothing do not keep others out, and do not stay."""
+    monkeypatch.setattr(transport, "STRANGERS_MAX", 5)
+    monkeypatch.setattr(transport, "STRANGER_S", 1.0)
+    host, _, port = voters.addresses[0].rpartition(":")
+    with ExitStack() as stack:
+        connections = [stack.enter_context(socket.create_connection((host, int(port)), 20)) for _ in range(20)]
+        answer = voters_of(voters.addresses[0], SECRET)
+        assert all(map(closed, connections))
+
+    assert answer == list(voters.addresses)
 
 
 # -- the log --
@@ -296,6 +458,7 @@ async def test_repeated_and_late_entries(voters):
             record_entry(GroupState.send_record(theirs, 7, b"ghost")),
             record_entry(GroupState.join_record(GroupMember(theirs, gone.node), b"ghost")),
             record_entry(b"garbage"),
+            cbor2.dumps([1, 2, mine]),  # a beat that says nothing
             death_entry(mine, 0),  # void: signs of life came after that
             b"\xff" * 10,
         ):
@@ -306,6 +469,30 @@ async def test_repeated_and_late_entries(voters):
     assert payloads(member) == [b"once", b"mark"]
     assert len(member.seen) == 5
     assert_sound(member.seen)
+
+
+@pytest.mark.anyio
+async def test_copies_that_differ(voters):
+    """A member whose copy of the log is not that of the others stops, and can come back; the others go on."""
+    driver = follower(voters)
+    async with anyio.create_task_group() as tasks:
+        members = [SessionMember(kit_node(i)) for i in range(3)]
+        for member in members:
+            await member.start(tasks, driver, b"")
+        await settle(members, b"before")
+        broken = members[1]
+        log = broken.session._server._log
+        log.digest = bytes(len(log.digest))  # as if an entry had been applied twice
+        await broken.until(lambda: broken.lost, PATIENCE_S)
+        alive = await broken.alive()
+        await broken.leave()
+        again = await rejoin(tasks, driver, broken.node)
+        await settle([members[0], members[2], again], b"mark")
+        tasks.cancel_scope.cancel()
+
+    assert "is not that of the others" in broken.lost and not alive
+    assert members[0].lost is None and members[2].lost is None
+    assert_one_order([members[0], members[2], again], b"mark")
 
 
 @pytest.mark.anyio

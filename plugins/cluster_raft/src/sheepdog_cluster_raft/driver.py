@@ -13,129 +13,126 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import Any
 
 import anyio
+import anyio.abc
 import anyio.to_thread
 
 from sheepdog.api import (
-    PAYLOAD_BYTES_MAX,
-    ClusterDriver,
-    ClusterSession,
     ClusterUnavailable,
     ConfigError,
     GroupMember,
-    GroupSession,
     GroupState,
-    Mailbox,
     Node,
-    PayloadTooLarge,
     RecordDamaged,
-    SessionLost,
+    ServiceDriver,
+    ServiceSession,
 )
 from sheepdog_cluster_raft.options import RaftOptions
-from sheepdog_cluster_raft.server import Applied, Kind, Server, beat_entry, death_entry, record_entry
+from sheepdog_cluster_raft.server import (
+    ASK_S,
+    Applied,
+    Kind,
+    Server,
+    agreed_voters,
+    beat_entry,
+    death_entry,
+    record_entry,
+    voters_of,
+)
 
 logger = logging.getLogger(__name__)
 
-MARGIN = 0.8  # of the timeout: after that part without an applied sign of life we distrust ourselves
-GIVE_UP = 2.0  # timeouts: then the session is lost, whatever the others think
-CLEANUP_S = 2.0
-STOP_S = 10.0  # for the server's thread; it needs milliseconds, but a disk may hang
 ANSWER_TIMEOUT_S = 1.0  # of one attempt to append; a leader that died never answers
 RETRY_DELAY_S = 0.05
 BACKLOG_MAX = 10_000  # entries that wait for the caller of events()
 
 
-class RaftDriver(ClusterDriver):
+class RaftDriver(ServiceDriver):
     """The cluster of all sheep that know the same voters."""
 
     name = "raft"
 
     def __init__(self, options: RaftOptions) -> None:
+        super().__init__()
         self.options = options
-        self.detection_s = 1.5 * options.timeout_s + 1.0
-        self._ended: set[bytes] = set()  # sessions of ours that are over, though the others may not know yet
+        self.detection_s = detection_s(options.timeout_s)
 
-    def join(self, me: Node, greeting: bytes) -> AbstractAsyncContextManager[ClusterSession]:
-        return self._join(me, greeting)
-
-    @asynccontextmanager
-    async def _join(self, me: Node, greeting: bytes) -> AsyncIterator[ClusterSession]:
-        if len(greeting) > PAYLOAD_BYTES_MAX:
-            raise PayloadTooLarge(f"a greeting of {len(greeting)} bytes; {PAYLOAD_BYTES_MAX} are allowed")
-        session = RaftSession(self.options, me, self._ended)
-        failure: Exception | None = None
-        async with anyio.create_task_group() as tasks:
-            try:
-                tasks.start_soon(session.mailbox.run)
-                try:
-                    await session.open()
-                    tasks.start_soon(session.follow)
-                    with anyio.move_on_after(self.options.connect_timeout_s) as scope:
-                        session.joining = scope
-                        await session.enter(greeting)
-                    if scope.cancelled_caught:
-                        raise ClusterUnavailable(f"no raft leader among {self.options.text} answers")
-                except SessionLost as error:
-                    raise ClusterUnavailable(f"raft {self.options.text}: {error}") from error
-                tasks.start_soon(session.beat)
-                yield session
-            except Exception as error:
-                failure = error  # leaves the task group as itself, not wrapped into a group
-            finally:
-                try:
-                    await session.aclose()
-                finally:  # else the group would wait for the mailbox for ever
-                    session.mailbox.close()
-                    tasks.cancel_scope.cancel()
-        if failure is not None:
-            raise failure
+    def session(self, me: Node) -> RaftSession:
+        return RaftSession(self.options, me, self.ended)
 
 
-class RaftSession(GroupSession):
+def detection_s(timeout_s: float) -> float:
+    return 1.5 * timeout_s + 1.0
+
+
+class RaftSession(ServiceSession):
     """One member, with a Raft server or follower of its own."""
 
+    disconnect_limit_s = 10.0  # what was started must be stopped: the next session wants the same port and directory
+
     def __init__(self, options: RaftOptions, me: Node, ended: set[bytes]) -> None:
-        super().__init__(me)
-        self.mailbox = Mailbox()
+        super().__init__(me, f"raft {options.text}", options.timeout_s, ended)
         self._options = options
-        self._ended = ended
-        self._server = Server(options)
-        self._opened = False
-        self._closed = False
+        self._server: Server | None = None
         self._position: int | None = None  # of the last entry seen; none before our join
         self._backlog: deque[Applied] = deque()
         self._arrived = anyio.Event()
         self._beats = 0
         self._sent_s: dict[int, float] = {}
-        self._contact_s = 0.0
         # session -> (number of its last beat, when that was applied here)
         self._heard: dict[bytes, tuple[int, float]] = {}
         self._judging_since_s = float("inf")
         self._latest: Applied | None = None  # the last entry applied here before our join
-        self.joining: anyio.CancelScope | None = None  # ends the attempt to join
+        self._joining: anyio.CancelScope | None = None  # ends the attempt to join
+        self._differs: set[bytes] = set()  # members whose copy of the log was not like ours when they told last
 
     # -- joining and leaving ------------------------------------------------------------------------------------
 
-    async def open(self) -> None:
-        """The server runs.
+    @property
+    def detection_s(self) -> float:
+        return detection_s(self.session_s)
 
-        :raises ConfigError: its directory or address cannot be used.
-        """
-        self._opened = True
+    async def begin(self, tasks: anyio.abc.TaskGroup, greeting: bytes) -> None:
+        options = await anyio.to_thread.run_sync(self._options.placed, self.me.id.host)
+        self._options = agreed_voters(options, await self._ask(options))
+        self.service = f"raft {self._options.text}"
+        self._server = Server(self._options)
         # not abandoned: what was started must be stopped
         await anyio.to_thread.run_sync(self._server.start, self._applied)
-        self._contact_s = time.monotonic()
+        tasks.start_soon(self.follow)
+        with anyio.move_on_after(self._options.connect_timeout_s) as self._joining:
+            await self.enter(greeting)
+        if self._joining.cancelled_caught:
+            raise ClusterUnavailable(
+                f"no raft leader among {self._options.text} answers; do most of them run, with the same secret?"
+            )
+        tasks.start_soon(self.beat)
+
+    @staticmethod
+    async def _ask(options: RaftOptions) -> list[list[str]]:
+        """What the voters that run go by."""
+        answers: list[list[str]] = []
+
+        async def ask(address: str) -> None:
+            answer = await anyio.to_thread.run_sync(voters_of, address, options.password, abandon_on_cancel=True)
+            if answer is not None:
+                answers.append(answer)
+
+        with anyio.move_on_after(ASK_S + 0.5):
+            async with anyio.create_task_group() as asking:
+                for address in options.peers:
+                    if address != options.self_address:
+                        asking.start_soon(ask, address)
+        return answers
 
     async def enter(self, greeting: bytes, notes: tuple[int, ...] = ()) -> None:
         record = GroupState.join_record(GroupMember(self.id, self.me, notes), greeting)
         while True:
             self._refused = False
-            self._contact_s = time.monotonic()
+            asked_s = time.monotonic()
             await self.append(record)
             await self._verdict()
             if self._joined:
@@ -147,7 +144,7 @@ class RaftSession(GroupSession):
                 await self.append(GroupState.leave_record(holder.session))
             else:
                 await self._outlast(holder.session)
-        self._contact(self._contact_s)
+        self.contact(asked_s)
 
     async def _outlast(self, holder: bytes) -> None:
         """The session that has our identity is a member no longer: it fell silent for the timeout, as all can see.
@@ -164,10 +161,11 @@ class RaftSession(GroupSession):
         while True:
             started_s = time.monotonic()
             probes += 1
-            await self._put(beat_entry(self.id, probes))  # of no member, so without effect: shows us the end of the log
+            # of no member, so without effect: shows us the end of the log
+            await self._put(beat_entry(self.id, probes, self._running.mark))
             now_s = time.monotonic()
-            if self.joining is not None:  # somebody answers; the wait for the holder has a bound of its own
-                self.joining.deadline = anyio.current_time() + self._options.connect_timeout_s
+            if self._joining is not None:  # somebody answers; the wait for the holder has a bound of its own
+                self._joining.deadline = anyio.current_time() + self._options.connect_timeout_s
             assert self._latest is not None, "an entry was applied, but none was seen"
             if holder not in self._latest.before.members:
                 return
@@ -186,23 +184,15 @@ class RaftSession(GroupSession):
     def _last_beat(self, session: bytes) -> int:
         return self._latest.beats.get(session, 0) if self._latest is not None else 0
 
-    async def aclose(self) -> None:
-        """The others see our ``Left`` soon; the server has stopped."""
-        if self._closed:
-            return
-        self._closed = True
-        with anyio.move_on_after(CLEANUP_S, shield=True):
-            if self.lost is None and self.joined:
-                with contextlib.suppress(SessionLost, ClusterUnavailable):
-                    await self.append(GroupState.leave_record(self.id))
-        self.lose("the session was left")
-        self._ended.add(self.id)
-        if self._opened:
+    async def disconnect(self) -> None:
+        if self._server is not None:
             self._server.request_stop()
-            with anyio.move_on_after(STOP_S, shield=True) as scope:
-                await anyio.to_thread.run_sync(self._server.stop, abandon_on_cancel=True)
-            if scope.cancelled_caught:
-                logger.warning("the raft server does not end; it is left behind")
+            await anyio.to_thread.run_sync(self._server.stop, abandon_on_cancel=True)
+
+    @property
+    def _running(self) -> Server:
+        assert self._server is not None, "the server was not started"
+        return self._server
 
     # -- the log ------------------------------------------------------------------------------------------------
 
@@ -228,14 +218,31 @@ class RaftSession(GroupSession):
         self._position = entry.position
         if entry.kind is Kind.BEAT and entry.counted:
             self._heard[entry.session] = (entry.number, now_s)
+            self._compare(entry)
             if mine and entry.number in self._sent_s:
-                self._contact(self._sent_s[entry.number])
+                self.contact(self._sent_s[entry.number])
                 self._sent_s = {n: s for n, s in self._sent_s.items() if n > entry.number}
         elif entry.record and entry.kind is not Kind.BEAT:
             if len(self._backlog) >= BACKLOG_MAX:
                 self.lose("too far behind")
             self._backlog.append(entry)
             self._arrived.set()
+
+    def _compare(self, beat: Applied) -> None:
+        """Copies of a log cannot differ. If they do, those that are alone with theirs stop, before they serve from it.
+
+        What they computed goes with the session; the next one begins with what is on disk, or with another's snapshot.
+        """
+        if beat.agrees is None or beat.session == self.id:
+            return
+        if beat.agrees:
+            self._differs.discard(beat.session)
+        else:
+            self._differs.add(beat.session)
+        others = set(self.state.members) - {self.id}
+        self._differs &= others
+        if 2 * len(self._differs) > len(others):
+            self.lose(f"our copy of the log of {self.service} is not that of the others at entry {beat.position}")
 
     async def follow(self) -> None:
         """Everything in the log is taken, in order, until the session is lost."""
@@ -271,7 +278,7 @@ class RaftSession(GroupSession):
                 answers.append((applied, member))
                 answered.set()
 
-            self._server.put(entry, lambda *args, answer=answer: self.mailbox.post(partial(answer, *args)))
+            self._running.put(entry, lambda *args, answer=answer: self.mailbox.post(partial(answer, *args)))
             with anyio.move_on_after(ANSWER_TIMEOUT_S):
                 await answered.wait()
             if answers and answers[0][0]:
@@ -280,11 +287,6 @@ class RaftSession(GroupSession):
 
     # -- who lives ----------------------------------------------------------------------------------------------
 
-    def _contact(self, sent_s: float) -> None:
-        """What we sent at ``sent_s`` was applied."""
-        self._contact_s = max(self._contact_s, sent_s)
-        self.deadline_s = self._contact_s + self._options.timeout_s * MARGIN
-
     async def beat(self) -> None:
         """Tells that we live, and reports those who do not, several times per timeout."""
         timeout_s = self._options.timeout_s
@@ -292,7 +294,7 @@ class RaftSession(GroupSession):
             now_s = time.monotonic()
             self._beats += 1
             self._sent_s[self._beats] = now_s
-            self._send(beat_entry(self.id, self._beats))
+            self._send(beat_entry(self.id, self._beats, self._running.mark))
             if not self.alive():
                 self._judging_since_s = float("inf")
             elif self._judging_since_s == float("inf"):
@@ -302,20 +304,19 @@ class RaftSession(GroupSession):
                 if session != self.id and now_s - max(heard_s, self._judging_since_s) > timeout_s:
                     logger.info("%s is dead: no sign of life for %.1f s", member.node.id.text, now_s - heard_s)
                     self._send(death_entry(session, number))
-            if now_s - self._contact_s > GIVE_UP * timeout_s:
-                self.lose(f"no quorum among {self._options.text} for {GIVE_UP * timeout_s:.1f} s")
+            self.give_up()
             await anyio.sleep(timeout_s / 6)
 
     def _send(self, entry: bytes) -> None:
         """Once, without waiting: what is lost is said again at the next beat."""
         with contextlib.suppress(ClusterUnavailable):
-            self._server.put(entry, lambda *_: None)
+            self._running.put(entry, lambda *_: None)
 
     async def status(self) -> dict[str, Any]:
         return {
             "voters": self._options.text,
-            "role": "voter" if self._options.self_address else "follower",
+            "role": "voter" if self._options.votes else "follower",
             "state": "alive" if self.alive() else f"lost: {self.lost}" if self.lost else "no quorum",
             "members": len(self.state.members),
-            **self._server.status(),
+            **self._running.status(),
         }

@@ -4,50 +4,87 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from dataclasses import dataclass
+import socket
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 
 from sheepdog.api import ConfigError
 
 DEFAULT_TIMEOUT_MS = 5000
 TIMEOUT_MS_MIN = 1000  # an election takes up to 1.4 s
 TIMEOUT_MS_MAX = 3_600_000
-KEYS = "self, dir, timeout, password-file"
+DEFAULT_VOTERS = 5
+VOTERS_MAX = 15
+AUTOMATIC = "auto"
+NONE = "none"
+KEYS = "voters, self, dir, timeout, password-file"
 
 
 @dataclass(frozen=True, slots=True)
 class RaftOptions:
     """Who votes, and whether we do.
 
-    :param voters: addresses of the Raft servers; the same list everywhere.
-    :param self_address: ours, if we are one of them; otherwise we follow.
+    :param peers: addresses of Raft servers. Those of a new cluster list the same ones everywhere; who joins a running
+        one may name any of its voters.
+    :param password: of the encrypted connections.
+    :param self_address: ours, ``none`` if we follow, ``auto`` if it is the one that has our host.
     :param directory: where a voter keeps its vote and its log.
     :param timeout_s: after that long without a sign of life a member has left.
-    :param password: of the encrypted connections.
+    :param voters_max: so many of the peers vote, the first ones; the others follow.
     """
 
-    voters: tuple[str, ...]
-    self_address: str | None = None
+    peers: tuple[str, ...]
+    password: str = field(repr=False)
+    self_address: str = AUTOMATIC
     directory: str | None = None
     timeout_s: float = DEFAULT_TIMEOUT_MS / 1000
-    password: str | None = None
+    voters_max: int = DEFAULT_VOTERS
     connect_timeout_s: float = 10.0
     """How long a join waits for a leader."""
     election_s: float = 0.4
     """A voter without a leader stands for election after this time to 3.5 times of it."""
 
     @property
+    def voters(self) -> tuple[str, ...]:
+        return self.peers[: self.voters_max]
+
+    @property
     def text(self) -> str:
         """The voters, for messages."""
         return ",".join(self.voters)
 
+    @property
+    def votes(self) -> bool:
+        """Whether we are one of the voters; to be asked of ``placed`` options only."""
+        assert self.self_address != AUTOMATIC, "not placed yet"
+        return self.self_address in self.voters
+
+    def placed(self, host: str) -> RaftOptions:
+        """The same for a sheep that announces ``host``: ``self_address`` is an address or ``none``. May ask the DNS.
+
+        :raises ConfigError: several voters have that host, or we vote and have no directory.
+        """
+        options = self
+        if self.self_address == AUTOMATIC:
+            mine = [voter for voter in self.voters if _is_at(voter, host)]
+            if len(mine) > 1:
+                raise ConfigError(
+                    f"several raft voters are at our address {host}; say which one is this sheep: self={mine[0]}, "
+                    "or self=none if it is another"
+                )
+            options = replace(self, self_address=mine[0] if mine else NONE)
+        if options.votes and options.directory is None:
+            raise ConfigError("a raft voter needs a directory for its vote and its log; say dir=PATH")
+        return options
+
     @classmethod
-    def parse(cls, text: str) -> RaftOptions:
+    def parse(cls, text: str, directory: str | None = None) -> RaftOptions:
         """The options that ``text`` states.
 
-        :raises ConfigError: no voter, ``self`` is none of them, a voter without ``dir``, a bad timeout, an unknown key,
-            or connections that leave this host without a password.
+        :param directory: for ``dir=``, if it is not given.
+        :raises ConfigError: no voter, ``self`` is none of them, a bad number, an unknown key, or no password.
         """
-        voters: list[str] = []
+        peers: list[str] = []
         values: dict[str, str] = {}
         for part in filter(None, (part.strip() for part in text.split(","))):
             key, equals, value = part.partition("=")
@@ -56,41 +93,42 @@ class RaftOptions:
             elif values:
                 raise ConfigError(f"raft voter {part!r} must stand before the options")
             else:
-                voters.append(_address(part))
-        if not voters:
-            raise ConfigError(
-                "no raft voter given; say -c raft:HOST:PORT,HOST:PORT,HOST:PORT[,self=HOST:PORT,dir=PATH]"
-            )
-        if len(set(voters)) != len(voters):
+                peers.append(_address(part))
+        if not peers:
+            raise ConfigError("no raft voter given; say -c raft:HOST:PORT,HOST:PORT,HOST:PORT,password-file=PATH")
+        if len(set(peers)) != len(peers):
             raise ConfigError("a raft voter is given twice")
-        timeout_text = values.pop("timeout", str(DEFAULT_TIMEOUT_MS))
-        timeout_ms = int(timeout_text) if timeout_text.isascii() and timeout_text.isdigit() else 0
-        if not TIMEOUT_MS_MIN <= timeout_ms <= TIMEOUT_MS_MAX:
-            raise ConfigError(
-                f"invalid raft timeout {timeout_text!r}: milliseconds from {TIMEOUT_MS_MIN} to {TIMEOUT_MS_MAX} "
-                "are allowed"
-            )
-        self_address = values.pop("self", None)
-        directory = values.pop("dir", None)
-        if self_address is not None and self_address not in voters:
-            raise ConfigError(f"raft option self={self_address} is none of the voters {','.join(voters)}")
-        if (self_address is None) != (directory is None):
-            raise ConfigError("a raft voter wants self= and dir=, a follower neither of them")
-        password = None
-        if "password-file" in values:
-            password = _first_line(values.pop("password-file"))
+        timeout_ms = _number(values, "timeout", DEFAULT_TIMEOUT_MS, TIMEOUT_MS_MIN, TIMEOUT_MS_MAX, " milliseconds")
+        voters_max = _number(values, "voters", DEFAULT_VOTERS, 1, VOTERS_MAX, "")
+        self_address = values.pop("self", AUTOMATIC)
+        if self_address not in (*peers, AUTOMATIC, NONE):
+            raise ConfigError(f"raft option self={self_address} is none of the voters {','.join(peers)}")
+        directory = values.pop("dir", directory)
+        secret = values.pop("password-file", None)
         if values:
             raise ConfigError(f"unknown raft option {min(values)!r}; known: {KEYS}")
-        if password is None and not all(_is_loopback(voter) for voter in voters):
-            # The library unpickles what it receives: whoever reaches the port could run code.
-            raise ConfigError("raft voters beyond this host want password-file=, the same password everywhere")
+        if secret is None:
+            # The library unpickles what it receives: without a secret, whoever reaches the port could run code here.
+            raise ConfigError(
+                "raft wants password-file=PATH, a file with the same secret on every sheep; one is made with: "
+                "head -c 32 /dev/urandom | base64 >PATH; chmod 600 PATH"
+            )
         return cls(
-            tuple(voters),
+            tuple(peers),
+            _first_line(secret),
             self_address,
             os.path.abspath(directory) if directory is not None else None,
             timeout_ms / 1000,
-            password,
+            voters_max,
         )
+
+
+def _number(values: dict[str, str], key: str, default: int, least: int, most: int, unit: str) -> int:
+    text = values.pop(key, str(default))
+    number = int(text) if text.isascii() and text.isdigit() else -1
+    if not least <= number <= most:
+        raise ConfigError(f"invalid raft {key} {text!r}:{unit} from {least} to {most} are allowed")
+    return number
 
 
 def _address(text: str) -> str:
@@ -100,12 +138,13 @@ def _address(text: str) -> str:
     return text
 
 
-def _is_loopback(voter: str) -> bool:
-    host = voter.rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+def _is_at(voter: str, host: str) -> bool:
+    name = voter.rpartition(":")[0].strip("[]")
+    with suppress(ValueError):
+        return ipaddress.ip_address(name) == ipaddress.ip_address(host)
+    with suppress(OSError, UnicodeError):
+        return host in {found[4][0] for found in socket.getaddrinfo(name, None)}
+    return False
 
 
 def _first_line(path: str) -> str:
