@@ -49,7 +49,8 @@ def no_traceback() -> Iterator[None]:
 def start_cluster() -> Iterator[Callable[..., SheepCluster]]:
     """A function with the arguments of ``SheepCluster`` that starts one; it ends with the module.
 
-    The driver is the local one here: what the drivers do is tested by their own kits.
+    Tests of what depends on members that come and go leave the driver to SHEEPDOG_TEST_CLUSTER; those of dog's output
+    and the like name the local one.
     """
     mine: list[SheepCluster] = []
 

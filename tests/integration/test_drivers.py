@@ -1,13 +1,15 @@
 """What all cluster drivers do for real sheep: a cluster moves from one to the other, loses contact, and is misused."""
 
 import json
-import os
 import random
-import signal
+import socket
 import subprocess
-from contextlib import ExitStack
+import threading
+import urllib.request
+from contextlib import ExitStack, suppress
 
 import pytest
+from kazoo.client import KazooClient
 
 from sheepdog.client import admin
 from sheepdog.errors import SheepdogError
@@ -79,27 +81,165 @@ def test_from_driver_to_driver(sheep_cluster, tmp_path, servers):
 # -- contact lost --
 
 
-@pytest.mark.parametrize(
-    ("start", "spec"),
-    [
-        (services.start_zookeeper, "zk:{}/sheepdog,timeout=2000"),
-        (services.start_etcd, "etcd:{}/sheepdog,ttl=2"),
-    ],
-    ids=["zk", "etcd"],
-)
-def test_service_stops(sheep_cluster, tmp_path, servers, start, spec):
+STARTERS = {
+    "zk": (services.start_zookeeper, "zk:{}/{},timeout=2000"),
+    "etcd": (services.start_etcd, "etcd:{}/{},ttl=2"),
+}
+WITH_SERVICE = pytest.mark.parametrize("driver", list(STARTERS))
+ALL = pytest.mark.parametrize("driver", ["local", "zk", "etcd", "raft"])
+
+
+@WITH_SERVICE
+def test_service_stops(sheep_cluster, tmp_path, servers, driver):
     """Without its coordination service no sheep serves; when it is back all are members again and nothing is lost."""
+    start, spec = STARTERS[driver]
     service = start(tmp_path, servers)
-    cluster = sheep_cluster(3, driver=spec.format(service.address))
+    cluster = sheep_cluster(3, driver=spec.format(service.address, "sheepdog"))
     fill(cluster)
-    os.kill(service.process.pid, signal.SIGSTOP)
+    service.pause()
     wait_until(lambda: not any(serving(cluster, i) for i in range(3)), "all sheep to stop serving", timeout_s=30)
     lost = cluster.dog("cluster", "driver", "--json", node=0, check=False)
-    os.kill(service.process.pid, signal.SIGCONT)
+    service.resume()
     cluster.wait_recovered(timeout_s=90)
 
     assert lost.returncode == 2 and "error" in json.loads(lost.stdout)
     assert [read(cluster, node) == DATA for node in range(3)] == [True] * 3
+
+
+class Cable:
+    """A way to a server that can be pulled out and plugged in again: connections stand, nothing gets through."""
+
+    def __init__(self, address, stack):
+        host, _, port = address.rpartition(":")
+        self.target = (host, int(port))
+        self.plugged = threading.Event()
+        self.plugged.set()
+        self.listener = stack.enter_context(socket.create_server((HOST, 0)))
+        stack.callback(self.listener.shutdown, socket.SHUT_RDWR)
+        self.address = f"{HOST}:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with suppress(OSError):
+            while True:
+                near, _ = self.listener.accept()
+                far = socket.create_connection(self.target)
+                for source, target in ((near, far), (far, near)):
+                    threading.Thread(target=self._carry, args=(source, target), daemon=True).start()
+
+    def _carry(self, source, target):
+        with suppress(OSError), source, target:
+            while data := source.recv(1 << 16):
+                self.plugged.wait()
+                target.sendall(data)
+
+
+@WITH_SERVICE
+def test_partition(sheep_cluster, tmp_path, servers, driver):
+    """MEM-22: a sheep without contact stops serving while the others go on; with contact it is one of them again."""
+    start, spec = STARTERS[driver]
+    service = start(tmp_path, servers)
+    cable = Cable(service.address, servers)
+    cluster = sheep_cluster(3, driver=spec.format(cable.address, "sheepdog"))
+    cluster._specs[:2] = [spec.format(service.address, "sheepdog")] * 2
+    for index in range(2):
+        cluster.stop(index)
+        cluster.restart(index)
+    fill(cluster)
+    changed = bytes(MiB) + DATA[MiB:]
+    cable.plugged.clear()
+    wait_until(lambda: not serving(cluster, 2), "the sheep without contact to stop serving", timeout_s=30)
+    wait_until(lambda: len(cluster.members(0)) == 2, "the others to go on", timeout_s=30)
+    cluster.dog("vdi", "write", "a", "0", str(MiB), input=bytes(MiB), node=0)
+    cable.plugged.set()
+    cluster.wait_recovered(timeout_s=90)
+
+    assert [read(cluster, node) == changed for node in range(3)] == [True] * 3
+
+
+def zookeeper_password(session_id):
+    """How ZooKeeper derives the password of a session from its number (``SessionTracker``, java.util.Random)."""
+    seed = ((session_id ^ 0xB3415C00) ^ 0x5DEECE66D) & ((1 << 48) - 1)
+    found = b""
+    for _ in range(4):
+        seed = (seed * 0x5DEECE66D + 0xB) & ((1 << 48) - 1)
+        found += (seed >> 16).to_bytes(4, "little")
+    return found
+
+
+def end_session(driver, service, status):
+    """The service itself ends the session that a sheep told of."""
+    if driver == "zk":
+        number = int(status["session"], 16)
+        thief = KazooClient(service.address, client_id=(number, zookeeper_password(number)))
+        thief.start()
+        thief.stop()
+        thief.close()
+    else:
+        body = json.dumps({"ID": int(status["lease"], 16)}).encode()
+        with urllib.request.urlopen(f"http://{service.address}/v3/kv/lease/revoke", body, timeout=10) as answer:
+            answer.read()
+
+
+@WITH_SERVICE
+def test_session_expires(sheep_cluster, tmp_path, servers, driver):
+    """MEM-20: a sheep whose session the service ended is left behind, and comes back by itself as the same process.
+
+    This holds for the oldest one too. Clients of the others see no error.
+    """
+    start, spec = STARTERS[driver]
+    service = start(tmp_path, servers)
+    cluster = sheep_cluster(3, driver=spec.format(service.address, "sheepdog"))
+    fill(cluster)
+    for victim, other in ((1, 0), (0, 2)):
+        before = cluster.epoch(other)
+        processes = [sheep.process.pid for sheep in cluster.sheep]
+        end_session(driver, service, driver_status(cluster, victim)["status"])
+        wait_until(lambda other=other, before=before: cluster.epoch(other) >= before + 2, "it to leave and come back")
+        assert read(cluster, other) == DATA
+        cluster.wait_recovered()
+
+        assert [sheep.process.pid for sheep in cluster.sheep] == processes
+        assert read(cluster, victim) == DATA
+        cluster.dog("vdi", "create", f"after{victim}", "4M", node=victim)
+        listings = [cluster.dog("vdi", "list", "-r", node=node).stdout for node in range(3)]
+        assert all(f" after{victim} ".encode() in listing for listing in listings)
+
+
+@ALL
+def test_early_return(sheep_cluster, driver):
+    """MEM-21: a sheep killed and started again at once, before anybody missed it, is a member in the end.
+
+    ZooKeeper's ends with the original's words first, and has to be started once more.
+    """
+    cluster = sheep_cluster(3, driver=driver)
+    fill(cluster)
+    cluster.kill(1)
+    cluster.sheep[1].start(cluster._specs[1], (), sync=False)  # at once; ``restart`` would wait for ZooKeeper
+    if driver == "zk":
+        assert cluster.sheep[1].process.wait(30) == 1
+        assert "Previous zookeeper session exist, shoot myself. Please wait for" in cluster.sheep[1].log_tail()
+        cluster.wait_members(timeout_s=60)  # the two others, who have seen it leave
+        cluster.restart(1, wait=False)
+    cluster.wait_recovered(timeout_s=90)
+
+    assert [read(cluster, node) == DATA for node in range(3)] == [True] * 3
+
+
+@WITH_SERVICE
+def test_two_clusters(sheep_cluster, tmp_path, servers, driver):
+    """MEM-23: clusters with different paths in one service never see each other, even while both change."""
+    start, spec = STARTERS[driver]
+    service = start(tmp_path, servers)
+    one, other = (sheep_cluster(2, driver=spec.format(service.address, name)) for name in ("one", "other"))
+    fill(one)
+    one.kill(1)
+    one.wait_members(timeout_s=60)
+    other.format()
+
+    assert [one.members(0), other.members(0)] == [{one.sheep[0].port}, {sheep.port for sheep in other.sheep}]
+    assert b"Name" in other.dog("vdi", "list").stdout and b" a " not in other.dog("vdi", "list").stdout
+    assert read(one, 0) == DATA
 
 
 def test_raft_majority_dies(sheep_cluster):
@@ -116,7 +256,7 @@ def test_raft_majority_dies(sheep_cluster):
     assert [read(cluster, node) == DATA for node in range(3)] == [True] * 3
 
 
-@pytest.mark.parametrize("driver", ["local", "raft"])
+@ALL
 def test_stopped_sheep_returns(sheep_cluster, driver):
     """A stopped process is left behind by the others, which go on; awake it joins again before it serves."""
     cluster = sheep_cluster(3, driver=driver)
@@ -165,6 +305,7 @@ def assert_refused(base, expected):
 
 def test_bad_options(tmp_path):
     """Options that make no sense end the sheep with 1 and with a message that names what is wrong."""
+    (tmp_path / "secret").write_text("secret")
     assert_refused(
         tmp_path,
         [
@@ -174,6 +315,9 @@ def test_bad_options(tmp_path):
             ("zk:127.0.0.1:1/", "cluster id"),
             ("etcd:127.0.0.1:1/", "prefix"),
             ("raft:10.0.0.1:1,10.0.0.2:1", "password-file"),
+            (f"raft:{HOST}:1,{HOST}:2,password-file={tmp_path}/secret", "several raft voters are at our address"),
+            (f"zk:{HOST}:1,tls=1,ca={tmp_path}/none.pem", "cannot use the certificate files"),
+            (f"etcd:{HOST}:1,ca={tmp_path}/none.pem", "cannot read the certificate files"),
             (f"local:{tmp_path}/none/file", "cluster file"),
         ],
     )
@@ -182,12 +326,13 @@ def test_bad_options(tmp_path):
 def test_nobody_answers(tmp_path):
     """Servers that cannot be reached end the sheep with 1, in bounded time, with their addresses."""
     one, two = services.free_ports(2)
+    (tmp_path / "secret").write_text("secret")
     assert_refused(
         tmp_path,
         [
             (f"zk:{HOST}:{one},timeout=2000", f"failed to connect to zk server {HOST}:{one}"),
             (f"etcd:{HOST}:{one}", f"etcd {HOST}:{one} does not answer"),
-            (f"raft:{HOST}:{one},{HOST}:{two}", "no raft leader among"),
+            (f"raft:{HOST}:{one},{HOST}:{two},self=none,password-file={tmp_path}/secret", "no raft leader among"),
         ],
     )
 
@@ -197,8 +342,8 @@ def test_wrong_secret(tmp_path, servers):
     (tmp_path / "right").write_text("secret")
     (tmp_path / "wrong").write_text("guess")
     zookeeper = services.start_zookeeper(tmp_path, servers).address
-    (voter,) = services.free_ports(1)
-    raft = f"raft:{HOST}:{voter},self={HOST}:{voter},dir={tmp_path}/raft,password-file={tmp_path}/right"
+    (voter,) = services.hold_ports(1, servers)
+    raft = f"raft:{HOST}:{voter},password-file={tmp_path}/right"
     with (
         SheepCluster(1, driver=f"zk:{zookeeper}/s,timeout=2000,auth=me:secret", base=tmp_path / "zk"),
         SheepCluster(1, driver=raft, base=tmp_path / "members"),
@@ -207,6 +352,6 @@ def test_wrong_secret(tmp_path, servers):
             tmp_path,
             [
                 (f"zk:{zookeeper}/s,timeout=2000,auth=me:guess", "denies access"),
-                (f"raft:{HOST}:{voter},password-file={tmp_path}/wrong", "no raft leader among"),
+                (f"raft:{HOST}:{voter},self=none,password-file={tmp_path}/wrong", "with the same secret?"),
             ],
         )
