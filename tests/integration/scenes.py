@@ -41,9 +41,11 @@ def pattern(seed: int, length: int) -> bytes:
 
 
 @contextmanager
-def volume(cluster: SheepCluster, name: str, *, node: int = 0, tag: str = "", snap_id: int = 0) -> Iterator[Volume]:
-    """The vdi or snapshot, opened through one gateway."""
-    with cluster.connect(node, timeout_s=60.0) as connection:
+def volume(
+    cluster: SheepCluster, name: str, *, node: int = 0, tag: str = "", snap_id: int = 0, answer_s: float = 60.0
+) -> Iterator[Volume]:
+    """The vdi or snapshot, opened through one gateway, which may be silent for ``answer_s``."""
+    with cluster.connect(node, timeout_s=answer_s) as connection:
         yield Volume.open(connection.request, name.encode(), tag=tag.encode(), snap_id=snap_id)
 
 
@@ -79,10 +81,14 @@ class LiveClient:
     Told that its vid became a snapshot, it looks the name up again and goes on with the map it has.
     """
 
-    def __init__(self, cluster: SheepCluster, name: str, *, node: int = 0) -> None:
+    def __init__(self, cluster: SheepCluster, name: str, *, node: int = 0, answer_s: float = 60.0) -> None:
         self._name = name.encode()
-        self._connection = cluster.connect(node, timeout_s=60.0)
-        self._volume = Volume(open_vdi(self._connection.request, self._name))
+        self._connection = cluster.connect(node, timeout_s=answer_s)
+        try:
+            self._volume = Volume(open_vdi(self._connection.request, self._name))
+        except BaseException:
+            self._connection.close()
+            raise
         self.reloads = 0
 
     def write(self, offset: int, data: bytes) -> None:

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -32,6 +32,7 @@ from typing import IO
 from sheepdog.client import admin
 from sheepdog.client.connection import Connection, open_socket
 from sheepdog.errors import SheepdogError
+from sheepdog.testing.network import Network
 
 logger = logging.getLogger(__name__)
 
@@ -85,12 +86,29 @@ class Sheep:
     ``disks``: further directories of its PATH; without any the objects are in ``directory``.
     """
 
-    def __init__(self, index: int, directory: Path, *, zone: int, nbd: bool, gateway: bool, port: int = 0) -> None:
+    def __init__(
+        self,
+        index: int,
+        directory: Path,
+        *,
+        zone: int,
+        nbd: bool,
+        gateway: bool,
+        port: int = 0,
+        host: str = HOST,
+        command: Sequence[str] = (),
+    ) -> None:
+        """
+        :param host: the address that it serves on.
+        :param command: what stands in front of its command line.
+        """
         self.index = index
         self.directory = directory
         self.disks: tuple[Path, ...] = ()
         self.zone = zone
         self.gateway = gateway
+        self.host = host
+        self._command = tuple(command)
         self.log_path = directory.with_name(f"{directory.name}.log")
         self.pid_path = directory.with_name(f"{directory.name}.pid")
         self.paused = False
@@ -110,7 +128,7 @@ class Sheep:
     @property
     def address(self) -> str:
         """``host:port`` of this gateway."""
-        return f"{HOST}:{self.port}"
+        return f"{self.host}:{self.port}"
 
     @property
     def nbd_port(self) -> int:
@@ -121,7 +139,7 @@ class Sheep:
 
     def nbd_uri(self, volume: str) -> str:
         """What ``qemu-img`` and others take for a volume of this sheep's NBD front end."""
-        return f"nbd://{HOST}:{self.nbd_port}/{volume}"
+        return f"nbd://{self.host}:{self.nbd_port}/{volume}"
 
     @property
     def running(self) -> bool:
@@ -130,18 +148,22 @@ class Sheep:
     def start(self, driver: str, options: Sequence[str], *, sync: bool) -> None:
         """The process exists; it need not serve yet. The log is appended to."""
         assert not self.running, f"sheep {self.index} runs already"
-        arguments = ["-f", "-c", driver, "-b", HOST, "-y", HOST, "-p", str(self.port), "-z", str(self.zone)]
+        arguments = ["-f", "-c", driver, "-b", self.host, "-y", self.host, "-p", str(self.port), "-z", str(self.zone)]
         arguments += ["-P", str(self.pid_path), "-l", "dst=stdout,level=debug"]
         if not sync:
             arguments.append("-n")
         if self.gateway:
             arguments.append("-g")
         if self._nbd_holder is not None:
-            arguments += ["--nbd", f"{HOST}:{self.nbd_port}"]
+            arguments += ["--nbd", f"{self.host}:{self.nbd_port}"]
         self._close_log()
         self._log = self.log_path.open("ab")
         self.process = subprocess.Popen(
-            run_python("sheepdog_cli.sheep", *arguments, *options, ",".join(map(str, (self.directory, *self.disks)))),
+            [
+                *self._command,
+                *run_python("sheepdog_cli.sheep", *arguments, *options),
+                ",".join(map(str, (self.directory, *self.disks))),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
@@ -225,6 +247,7 @@ class SheepCluster:
     :param options: further words of each sheep's command line.
     :param ports: of each sheep, where stored data was made with them; free ones by default.
     :param base: directory for everything; a temporary one that is removed at the end by default.
+    :param network: each sheep runs in a network namespace of its own, so that they can be cut off.
     """
 
     def __init__(
@@ -242,6 +265,7 @@ class SheepCluster:
         options: Sequence[str] = (),
         ports: Sequence[int] = (),
         base: Path | None = None,
+        network: Network | None = None,
     ) -> None:
         """:raises OSError: somebody else has one of ``ports``."""
         self.driver = driver or os.environ.get("SHEEPDOG_TEST_CLUSTER", "local")
@@ -253,6 +277,7 @@ class SheepCluster:
         elif self.redundancy == "ec":
             self.redundancy = "2:1" if storing < 6 else "4:2"
         self.options = tuple(options)
+        self.network = network
         self.sync = sync
         self._owns_base = base is None
         self.base = Path(tempfile.mkdtemp(prefix="sheep-")) if base is None else base
@@ -266,8 +291,13 @@ class SheepCluster:
                 zone = index if zones is None else zones[index]
                 directory = self.base / f"sheep{index}"
                 port = ports[index] if ports else 0
+                host, command = (HOST, ()) if network is None else (network.host(index), network.command(index))
                 gateway = index >= count - gateways
-                self.sheep.append(Sheep(index, directory, zone=zone, nbd=nbd, gateway=gateway, port=port))
+                self.sheep.append(
+                    Sheep(
+                        index, directory, zone=zone, nbd=nbd, gateway=gateway, port=port, host=host, command=command
+                    )
+                )
             self._specs = self._make_specs()
         except BaseException:
             self.close()
@@ -292,7 +322,8 @@ class SheepCluster:
             server = services.start_zookeeper(self.base, self._services)
             self._remembered = server.remembers
             return services.zookeeper_specs(server, count)
-        return services.driver_specs(self.driver, count, self.base, self._services)
+        hosts = None if self.network is None else [sheep.host for sheep in self.sheep]
+        return services.driver_specs(self.driver, count, self.base, self._services, hosts=hosts)
 
     def __enter__(self) -> SheepCluster:
         try:
@@ -376,9 +407,10 @@ class SheepCluster:
         :param check: a non-zero exit code raises ``ClusterFailure`` with what dog printed.
         """
         gateway = self.sheep[node] if node is not None else self.live[0]
-        environment = {**os.environ, "SHEEPDOG_DOG_ADDR": HOST, "SHEEPDOG_DOG_PORT": str(gateway.port)}
+        environment = {**os.environ, "SHEEPDOG_DOG_ADDR": gateway.host, "SHEEPDOG_DOG_PORT": str(gateway.port)}
+        command = [] if self.network is None else self.network.command(gateway.index)
         done = subprocess.run(
-            run_python("sheepdog_cli.dog", *arguments),
+            [*command, *run_python("sheepdog_cli.dog", *arguments)],
             input=input,
             stdin=subprocess.DEVNULL if input is None else None,
             capture_output=True,
@@ -402,7 +434,8 @@ class SheepCluster:
         """A client connection to one sheep, for protocol-level tests."""
 
         def open_with_timeout(address: str) -> socket.socket:
-            stream = open_socket(address)
+            with nullcontext() if self.network is None else self.network.beside(index):
+                stream = open_socket(address)
             stream.settimeout(timeout_s)
             return stream
 

@@ -303,29 +303,37 @@ def zookeeper_specs(server: ZookeeperServer, count: int) -> list[str]:
     return [f"zk:{server.address}/sheepdog,timeout=2000"] * count
 
 
-def raft_specs(count: int, base: Path, stack: ExitStack) -> list[str]:
+def raft_specs(count: int, base: Path, stack: ExitStack, *, hosts: Sequence[str] | None = None) -> list[str]:
     """The ``sheep -c`` argument of each of ``count`` sheep that form a cluster without a service.
 
     There is an odd number of voters; where two would lose the quorum with either, there is one.
+
+    :param hosts: the address of each sheep, when they are in network namespaces.
     """
     base.mkdir(parents=True, exist_ok=True)
     secret = base / "raft-secret"
     secret.write_text("for tests\n")
-    voters = [f"{HOST}:{port}" for port in hold_ports(1 if count < 3 else 3 if count < 5 else 5, stack)]
+    ports = hold_ports(1 if count < 3 else 3 if count < 5 else 5, stack)
+    voters = [f"{HOST if hosts is None else hosts[index]}:{port}" for index, port in enumerate(ports)]
     own = [*voters, *["none"] * count]
     spec = f"raft:{','.join(voters)},timeout=2000,password-file={secret}"
     return [f"{spec},self={own[index]}" for index in range(count)]
 
 
-def driver_specs(kind: str, count: int, base: Path, stack: ExitStack) -> list[str]:
+def driver_specs(
+    kind: str, count: int, base: Path, stack: ExitStack, *, hosts: Sequence[str] | None = None
+) -> list[str]:
     """The ``sheep -c`` argument of each of ``count`` sheep that form one cluster; servers needed are started.
 
     :param kind: ``zk``, ``zookeeper``, ``etcd`` or ``raft``.
+    :param hosts: the address of each sheep, when they are in network namespaces. Servers would not be reached there.
     """
+    if hosts is not None and kind != "raft":
+        raise ValueError(f"driver {kind!r} needs a server, which sheep in network namespaces do not reach")
     if kind in ("zk", "zookeeper"):
         return zookeeper_specs(start_zookeeper(base, stack), count)
     if kind == "etcd":
         return [f"etcd:{start_etcd(base, stack).address}/sheepdog,ttl=2"] * count
     if kind == "raft":
-        return raft_specs(count, base, stack)
+        return raft_specs(count, base, stack, hosts=hosts)
     raise ValueError(f"no way is known to run a cluster on driver {kind!r}")
