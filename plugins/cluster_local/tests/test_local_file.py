@@ -16,6 +16,7 @@ from sheepdog.api import ClusterUnavailable, ConfigError, Delivered, Joined, Lef
 from sheepdog.testing.cluster_kit import PATIENCE_S, assert_sound, kit_node, left, payloads, settle, until_left
 from sheepdog.testing.cluster_worker import SessionMember
 from sheepdog_cluster_local import LocalDriver, LocalOptions
+from sheepdog_cluster_local.driver import LocalSession
 from sheepdog_cluster_local.rendezvous import FRAME, HEADER, LOG_AT, MAGIC, VERSION, Rendezvous
 
 pytestmark = pytest.mark.anyio
@@ -83,6 +84,22 @@ def test_relative_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     assert LocalOptions.parse("here").file == str(tmp_path / "here")
+
+
+async def test_network_namespaces(spawn, monkeypatch):
+    """Members in different network namespaces cannot wake each other, and hear of everything all the same."""
+    wake = LocalSession._wake_one
+    monkeypatch.setattr(
+        LocalSession, "_wake_one", lambda self, session: wake(self, session) if session == self._id else None
+    )
+    first = await spawn(0, timeout_s=0.5)
+    second = await spawn(1, timeout_s=0.5)
+
+    marks = [b"one", b"two", b"three"]  # it has a wake-up of its own for the first or the second
+    for mark in marks:
+        await settle([first, second], mark)
+
+    assert payloads(first) == payloads(second) == marks
 
 
 # -- the file --------------------------------------------------------------------------------------------------------

@@ -350,6 +350,8 @@ class LocalSession(ClusterSession):
             self._lose("the file was removed or replaced")
             return
         self._sweep()
+        if self._cursor.position < self._tail.position:
+            self._wake_one(self._id)  # who wrote that could not: it is in another network namespace
         self._compact()
         if time.monotonic() - self._touched_s > TOUCH_INTERVAL_S:
             self._touched_s = time.monotonic()
@@ -455,7 +457,7 @@ class LocalSession(ClusterSession):
             self._wake_one(self._id)
 
     def _wake_one(self, session: bytes) -> None:
-        # A full queue holds wake-ups enough; a dead or foreign (network namespace) peer finds the log by its tick.
+        # A full queue holds wake-ups enough; a peer in another network namespace finds the log by its tick.
         with contextlib.suppress(OSError):
             self._socket.sendto(b"", _address(session))
 
