@@ -7,8 +7,8 @@ import pytest
 
 from sheepdog.api import StoreOptions
 from sheepdog.contracts.store import ShardKey
-from sheepdog.daemon import recovery_fetch
-from sheepdog.errors import ObjectNotFound, SheepdogError
+from sheepdog.daemon import recovery, recovery_fetch
+from sheepdog.errors import ObjectNotFound, SheepdogError, StoreFull
 from sheepdog.model.ids import attribute_oid, data_oid
 from sheepdog_store_plain import sheepdog_object_store
 
@@ -260,6 +260,34 @@ async def test_large_objects_come_in_pieces(make_store, monkeypatch):
         await w.recovered()
 
         assert digest(w.content(2, oid)) == digest(random_bytes(7, OBJECT))
+
+
+async def test_no_space_is_not_the_end(make_store, monkeypatch):
+    """An object that finds no space is neither forgotten nor announced as recovered: it comes when there is some
+    (MD-13)."""
+    monkeypatch.setattr(recovery, "ROOM_RETRY_S", 0.1)
+    async with world(3, make_store) as w:
+        oid = w.object_on(0, 1)
+        await w.sheep[0].objects.create(oid, 0, random_bytes(7, OBJECT))
+        store = w.sheep[2].store
+        create, attempts = store.create, []
+
+        def full(key, *arguments, **options):
+            attempts.append(key)
+            if len(attempts) < 3:
+                raise StoreFull("no space")
+            create(key, *arguments, **options)
+
+        store.create = full
+        await w.change(1, 2)
+        with anyio.fail_after(10):
+            while not attempts:
+                await anyio.sleep(0.01)
+        assert w.sheep[2].recovery.status().unfinished
+        await w.recovered()
+
+        assert len(attempts) == 3
+        assert w.content(2, oid) == w.content(1, oid)
 
 
 async def test_requests_do_not_wait_for_their_turn(make_store):

@@ -60,6 +60,7 @@ logger = logging.getLogger(__name__)
 PREPARING, RECOVERING, NOTIFYING = 0, 1, 2
 PARALLEL_PER_DISK = 2
 RETRY_S = 0.5
+ROOM_RETRY_S = 5.0  # for what found no space on our disks, until somebody makes some
 COMPARE_BYTES_MIN = 64 << 10  # from here on asking for a digest is cheaper than fetching what we may have already
 
 Fetched: TypeAlias = Callable[[int], None]
@@ -124,6 +125,7 @@ class Recovery:
         self._generation = 0  # changes when what is fetched may not belong here any more
         self._active = False
         self._held = False  # there is no room for what would have to be recovered
+        self._no_room = 0  # objects that found no space in this round
         self._not_before = 0.0
         self._phase = PREPARING
         self._todo: dict[ShardKey, None] = {}
@@ -431,6 +433,7 @@ class Recovery:
             result = error.result
         finally:
             with self._outbox:
+                self._no_room += result == Result.NO_SPACE
                 if result not in _AGAIN:
                     self._todo.pop(key, None)
                     if not self._todo:
@@ -618,9 +621,14 @@ class Recovery:
                 await self._wake.wait()
             self._wake = anyio.Event()
         while self._todo and not self._halted():
+            self._no_room = 0
             await self._recover_once()
-            if self._todo and not self._halted():
-                await anyio.sleep(RETRY_S)  # some holder does not answer at the moment
+            if self._no_room:
+                logger.warning("no space for %d objects that belong here, trying again", self._no_room)
+            # What is left: some holder does not answer at the moment, or it is to be waited for space.
+            until = self._clock.monotonic() + (ROOM_RETRY_S if self._no_room else RETRY_S)
+            while self._todo and not self._halted() and self._clock.monotonic() < until:
+                await anyio.sleep(RETRY_S)
 
     def _halted(self) -> bool:
         return self._replaced() or self._state.recovery_disabled or self._held
@@ -687,7 +695,8 @@ class Recovery:
         return True
 
 
-_AGAIN = frozenset({int(Result.NETWORK_ERROR), int(Result.OLD_NODE_VER), int(Result.NEW_NODE_VER)})
+# After these the shard is still to be recovered: forgotten, it would be short of a copy that everybody believes in.
+_AGAIN = frozenset(map(int, (Result.NETWORK_ERROR, Result.OLD_NODE_VER, Result.NEW_NODE_VER, Result.NO_SPACE)))
 
 
 async def _announce_nothing(_: int) -> None:
