@@ -522,7 +522,10 @@ def _unlinker(path: str) -> Callable[[], None]:
 
     def unlink() -> None:
         if owned is not None and unix_socket_identity(path) == owned:
-            os.unlink(path)
+            try:
+                os.unlink(path)
+            except OSError as error:  # the disk under it may have failed, which must not spoil an orderly end
+                logger.warning("cannot remove the socket %s: %s", path, error.strerror)
 
     return unlink
 
