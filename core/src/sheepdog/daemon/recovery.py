@@ -38,6 +38,7 @@ from sheepdog.daemon.recovery_aside import Aside
 from sheepdog.daemon.recovery_fetch import LIVE, VERSION, Finder, Found, RingOf, StaleIndex, VersionReader
 from sheepdog.daemon.recovery_list import LIST_RETRY_S, Lister
 from sheepdog.daemon.recovery_notes import Notes, Progress
+from sheepdog.daemon.recovery_pace import Pace
 from sheepdog.daemon.recovery_settle import Mender, digest_at
 from sheepdog.daemon.recovery_wanted import Wanted
 from sheepdog.daemon.shards import Shards
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PREPARING, RECOVERING, NOTIFYING = 0, 1, 2
-PARALLEL_PER_DISK = 2
+PARALLEL_PER_DISK = 4  # objects; each of them in pieces, one after the other
 RETRY_S = 0.5
 ROOM_RETRY_S = 5.0  # for what found no space on our disks, until somebody makes some
 COMPARE_BYTES_MIN = 64 << 10  # from here on asking for a digest is cheaper than fetching what we may have already
@@ -105,7 +106,10 @@ class Recovery:
         self._index = StaleIndex(self._store)
         reader = VersionReader(self._store, self._index) if shards is not None else None
         self._reader = reader
-        self.finder = Finder(state, peers, executor, outbox, reader, lambda: self._progress.lossy)
+        self.requests: Callable[[], int] = int  # of clients and other sheep, so far
+        self.pace = Pace(clock, lambda: self.requests() - self._served)
+        self.throttle, self.set_throttle = self.pace.throttle, self.pace.set_throttle
+        self.finder = Finder(state, peers, executor, outbox, reader, lambda: self._progress.lossy, self.pace.breath)
         self.wanted_objects = Wanted(state, outbox)
         self._lister = Lister(state, peers, placer, self.finder)
         self.mender: Mender | None = None
@@ -136,8 +140,7 @@ class Recovery:
         self._mended: set[int] = set()  # objects whose strips are whole in the present epoch
         self._mended_epoch = 0
         self._complete: dict[int, set[NodeId]] = {}
-        self._throttle = (0, 0, False)
-        self._throttled = anyio.Event()
+        self._served = 0  # requests of other sheep that recover
 
     @property
     def gateway(self) -> Gateway | None:
@@ -276,15 +279,6 @@ class Recovery:
             raise RequestError("this node is recovering", result=Result.NODE_IN_RECOVERY)
         await self._purge()
 
-    def throttle(self) -> tuple[int, int, bool]:
-        """(objects, milliseconds, on)."""
-        return self._throttle
-
-    def set_throttle(self, count: int, interval_ms: int, on: bool) -> None:
-        """At most ``count`` objects start per ``interval_ms``."""
-        self._throttle = (count, interval_ms, on)
-        self._throttled.set()
-
     async def _purge(self) -> None:
         if self._shards is not None:
             await self._executor.run(self._index.purge)
@@ -371,6 +365,7 @@ class Recovery:
         if shards.gate is not None and shards.gate(key):
             answer(Result.NETWORK_ERROR, None, b"")
             return
+        self._served += 1
         epoch = 1 if request.flags & Flag.WILDCARD else request.tgt_epoch
         offset, length = request.offset, request.data_length
 
@@ -634,35 +629,19 @@ class Recovery:
         return self._replaced() or self._state.recovery_disabled or self._held
 
     async def _recover_once(self) -> None:
-        limiter = anyio.CapacityLimiter(self._parallel)
-        started = 0
-        window_began = self._clock.monotonic()
+        keys = iter(list(self._todo))
 
-        async def one(key: ShardKey) -> None:
-            async with limiter:
-                if key in self._todo and not self._halted():
+        async def work() -> None:
+            for key in keys:
+                await self.pace.turn(self._halted)
+                if self._halted():
+                    return
+                if key in self._todo:
                     await self.fetched(key.oid, key.index)
 
         async with anyio.create_task_group() as tasks:
-            for key in list(self._todo):
-                count, interval_ms, on = self._throttle
-                if on and started >= count:
-                    await self._pause(window_began + interval_ms / 1000)
-                    window_began, started = self._clock.monotonic(), 0
-                while limiter.statistics().tasks_waiting > self._parallel and not self._halted():
-                    await anyio.sleep(0.001)
-                if self._halted():
-                    break
-                started += 1
-                tasks.start_soon(one, key)
-
-    async def _pause(self, until: float) -> None:
-        """Until that time, or the throttle is changed, or recovery is replaced."""
-        throttle = self._throttle
-        while (left := until - self._clock.monotonic()) > 0 and self._throttle is throttle and not self._halted():
-            self._throttled = anyio.Event()
-            with anyio.move_on_after(min(left, RETRY_S)):
-                await self._throttled.wait()
+            for _ in range(self._parallel):
+                tasks.start_soon(work)
 
     # ---- finishing
 

@@ -73,6 +73,10 @@ class Stats:
         else:
             self.peer_removes += 1
 
+    def requests(self) -> int:
+        """Taken up so far, of clients and of other sheep."""
+        return self.gateway_total + self.peer_total
+
     def counters(self) -> tuple[int, ...]:
         """The 15 numbers of STAT in wire order."""
         return (
