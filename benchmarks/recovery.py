@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,13 +33,17 @@ sys.path.insert(0, str(HERE.parent))
 
 from benchmarks import wire_load  # noqa: E402  # found by the line above: this is a script and no package
 
+from sheepdog.client import admin  # noqa: E402  # as above
+from sheepdog.client.connection import Connection  # noqa: E402  # as above
 from sheepdog.testing.cluster import SheepCluster  # noqa: E402  # as above
+from sheepdog.wire.opcodes import Op  # noqa: E402  # as above
 
 KiB, MiB = 1024, 1024**2
 NODES, COPIES = 4, 3
 VICTIM = NODES - 1
 OBJECT_BYTES = 4 * MiB
 LOAD_OBJECTS = 8
+POLL_S = 0.02
 SETTLE_S = 0.5  # between two measurements, for what the one before left to do
 
 
@@ -117,26 +121,38 @@ class Bench:
         :param op: loads of this kind run meanwhile, for so many seconds, which should be less than recovery takes.
         """
         cluster = self.cluster
-        cluster.dog("cluster", "recover", "disable")
+        self._switch(False)
         change()
         cluster.wait_members()
         time.sleep(SETTLE_S)
         live = [sheep.index for sheep in cluster.live]
         before = {index: stored_bytes(cluster, index) for index in live}
         reports: list[wire_load.Report] = []
+        links = [cluster.connect(index, timeout_s=60.0) for index in live]
         begin = time.perf_counter()
-        cluster.dog("cluster", "recover", "enable")
+        self._switch(True)
         thread = threading.Thread(target=lambda: reports.append(self.load(op, seconds)))
         if op:
             thread.start()
-        cluster.wait_recovered(timeout_s=600)
+        while any(self._recovers(link) for link in links):
+            time.sleep(POLL_S)
         took = time.perf_counter() - begin
+        for link in links:
+            link.close()
         if op:
             thread.join()
         gained = [stored_bytes(cluster, index) - before[index] for index in live]
         time.sleep(SETTLE_S)
         moved = _moved(what, sum(gained), took, max(1, sum(1 for amount in gained if amount > 0)))
         return [moved, *(latency(f"{what} of 4 KiB", report, self.idle[op]) for report in reports)]
+
+    def _switch(self, on: bool) -> None:
+        with self.cluster.connect(0) as connection:
+            admin.expect(connection.request(Op.ENABLE_RECOVER if on else Op.DISABLE_RECOVER))
+
+    def _recovers(self, link: Connection) -> bool:
+        response = admin.expect(link.request(admin.OP_STAT_RECOVERY, data_length=24))
+        return admin.unpack_recovery_state(response.body).in_recovery
 
     def die(self) -> None:
         """One sheep is gone."""
@@ -156,25 +172,44 @@ def latency(what: str, report: wire_load.Report, idle: wire_load.Report | None =
     )
 
 
-def measure(size: int, *, sync: bool, seconds: float) -> list[Row]:
+def measure(size: int, *, sync: bool, seconds: float, ops: Sequence[str]) -> Iterator[Row]:
     """All rows, in the order in which they were measured."""
-    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as directory:
-        rows.append(copy_row(Path(directory), size * COPIES // NODES // OBJECT_BYTES, sync=sync))
-    plain = rows[0].mb_per_second or 1.0
+        plain = copy_row(Path(directory), size * COPIES // NODES // OBJECT_BYTES, sync=sync)
+    taken: dict[str, float] = {}
     with SheepCluster(NODES, driver="local", store="plain", redundancy=str(COPIES), sync=sync) as cluster:
         bench = Bench(cluster, size, seconds)
-        rows += [latency(f"idle: {op}s of 4 KiB", report) for op, report in bench.idle.items()]
-        for what, change in (("death", bench.die), ("join", bench.join)):
-            rows += bench.recover(what, change)
-        for op in bench.idle:
+
+        def changes(during: str, op: str = "") -> Iterator[Row]:
             for what, change in (("death", bench.die), ("join", bench.join)):
-                alone = next(row.seconds for row in rows if row.what == what)
-                rows += bench.recover(f"{what}, {op}s", change, op, min(seconds, alone))
-    for row in rows:
-        if row.mb_per_second is not None:
-            row.of_copy = round(row.mb_per_second / plain, 2)
-    return rows
+                rows = bench.recover(f"{what}{during}", change, op, min(seconds, taken.get(what, seconds)))
+                taken.setdefault(what, rows[0].seconds)
+                assert rows[0].mb_per_second is not None and plain.mb_per_second is not None, "rates were measured"
+                rows[0].of_copy = round(rows[0].mb_per_second / plain.mb_per_second, 2)
+                yield from rows
+
+        plain.of_copy = 1.0
+        yield plain
+        yield from (latency(f"idle: {op}s of 4 KiB", report) for op, report in bench.idle.items())
+        yield from changes("")
+        for op in ops:
+            yield from changes(f", {op}s", op)
+
+
+def show(row: Row) -> None:
+    """One line."""
+    if row.mb is not None:
+        print(
+            f"{row.what:28} {row.mb:8.0f} MB in {row.seconds:6.2f} s: {row.mb_per_second:7.0f} MB/s, "
+            f"{row.mb_per_second_each:7.0f} MB/s each, {row.of_copy:.2f} of the copy",
+            flush=True,
+        )
+    else:
+        compared = "" if row.of_idle is None else f", {row.of_idle:.1f} times the idle one"
+        print(
+            f"{row.what:28} {row.per_second:8.0f}/s  p50 {row.p50_ms:7.2f} ms  p99 {row.p99_ms:7.2f} ms{compared}",
+            flush=True,
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -182,23 +217,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=1024, metavar="MIB", help="of the volume (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=3.0, help="of each load, at most (default: %(default)s)")
     parser.add_argument("--sync", action="store_true", help="everything is flushed, as without sheep -n")
+    parser.add_argument("--op", choices=("write", "read"), action="append", help="of clients (default: both)")
     parser.add_argument("--json", action="store_true")
     chosen = parser.parse_args(arguments)
-    rows = measure(chosen.size * MiB, sync=chosen.sync, seconds=chosen.seconds)
+    rows = measure(chosen.size * MiB, sync=chosen.sync, seconds=chosen.seconds, ops=chosen.op or ("write", "read"))
     if chosen.json:
         print(json.dumps([asdict(row) for row in rows]))
-        return 0
-    for row in rows:
-        if row.mb is not None:
-            print(
-                f"{row.what:32} {row.mb:8.0f} MB in {row.seconds:6.2f} s: {row.mb_per_second:7.0f} MB/s, "
-                f"{row.mb_per_second_each:7.0f} MB/s each, {row.of_copy:.2f} of the copy"
-            )
-        else:
-            compared = "" if row.of_idle is None else f", {row.of_idle:.1f} times the idle one"
-            print(
-                f"{row.what:32} {row.per_second:8.0f}/s  p50 {row.p50_ms:7.2f} ms  p99 {row.p99_ms:7.2f} ms{compared}"
-            )
+    else:
+        for row in rows:
+            show(row)
     return 0
 
 

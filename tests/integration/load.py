@@ -78,7 +78,7 @@ class Guest:
         cluster.dog("vdi", "create", name, str(size), node=with_node)
         self.content = Content(bytes(size))
         self._client = LiveClient(cluster, name, node=with_node, answer_s=answer_s)
-        self._node = with_node
+        self.node = with_node
         self.writes = 0
         self.moves = 0
         self.refused: list[int] = []  # results of writes that failed for good
@@ -124,14 +124,14 @@ class Guest:
         self._client.close()
         deadline = time.monotonic() + HANG_S
         while not self.stopping.is_set():
-            others = [sheep.index for sheep in self._cluster.live if sheep.index != self._node]
-            for node in self._random.sample(others, len(others)) or [self._node]:
+            others = [sheep.index for sheep in self._cluster.live if sheep.index != self.node]
+            for node in self._random.sample(others, len(others)) or [self.node]:
                 try:
                     self._client = LiveClient(self._cluster, self.name, node=node, answer_s=self.answer_s)
                 except (SheepdogError, OSError):
-                    self._node = node
+                    self.node = node
                     continue
-                self._node = node
+                self.node = node
                 return True
             assert time.monotonic() < deadline, f"{self.name} found no gateway for {HANG_S:.0f} s"
             time.sleep(0.05)
@@ -140,7 +140,7 @@ class Guest:
     def _look(self, offset: int, length: int) -> None:
         """The range reads right through a gateway; one that does not answer is no liar."""
         others = [sheep.index for sheep in self._cluster.live]
-        node = self._random.choice(others) if others else self._node
+        node = self._random.choice(others) if others else self.node
         try:
             with volume(self._cluster, self.name, node=node, answer_s=min(5.0, self.answer_s)) as opened:
                 found = opened.read(offset, length)
@@ -222,9 +222,9 @@ class Load:
     def __exit__(self, *_: object) -> None:
         self.abandon()
 
-    def progress(self, writes: int = 5, *, only: Sequence[int] | None = None, timeout_s: float = 90.0) -> None:
-        """Each guest (or those of these numbers) has so many more acknowledged writes."""
-        chosen = self.guests if only is None else [self.guests[number] for number in only]
+    def progress(self, writes: int = 5, *, but_of: Sequence[int] = (), timeout_s: float = 90.0) -> None:
+        """Each guest has so many more acknowledged writes, but for those whose gateway is one of ``but_of``."""
+        chosen = [guest for guest in self.guests if guest.node not in but_of]
         wanted = [guest.writes + writes for guest in chosen]
         wait_until(
             lambda: (

@@ -248,6 +248,7 @@ class SheepCluster:
     :param ports: of each sheep, where stored data was made with them; free ones by default.
     :param base: directory for everything; a temporary one that is removed at the end by default.
     :param network: each sheep runs in a network namespace of its own, so that they can be cut off.
+    :param start_s: until when all must be members; dozens of them need more time.
     """
 
     def __init__(
@@ -266,6 +267,7 @@ class SheepCluster:
         ports: Sequence[int] = (),
         base: Path | None = None,
         network: Network | None = None,
+        start_s: float = START_S,
     ) -> None:
         """:raises OSError: somebody else has one of ``ports``."""
         self.driver = driver or os.environ.get("SHEEPDOG_TEST_CLUSTER", "local")
@@ -278,6 +280,7 @@ class SheepCluster:
             self.redundancy = "2:1" if storing < 6 else "4:2"
         self.options = tuple(options)
         self.network = network
+        self.start_s = start_s
         self.sync = sync
         self._owns_base = base is None
         self.base = Path(tempfile.mkdtemp(prefix="sheep-")) if base is None else base
@@ -346,7 +349,7 @@ class SheepCluster:
         """
         for sheep in self.sheep:
             self._start(sheep)
-        self.wait_members()
+        self.wait_members(timeout_s=self.start_s)
 
     def _start(self, sheep: Sheep) -> None:
         if self._remembered is not None and sheep.killed:
