@@ -12,6 +12,7 @@ from sheepdog.daemon.changes import Changes
 from sheepdog.daemon.clock import SystemClock
 from sheepdog.daemon.dispatch import Dispatcher
 from sheepdog.daemon.executor import ThreadExecutor
+from sheepdog.daemon.fencing import Fences
 from sheepdog.daemon.gateway import Gateway
 from sheepdog.daemon.objects import ObjectAccess
 from sheepdog.daemon.outbox import Outbox
@@ -59,10 +60,13 @@ class Plane:
         self.gateway.changes = Changes(self.primary, self.gateway, self.references, striped)
         self.gateway.striped = striped
         self.gateway.recovery = self.recovery
+        self.fences = Fences(self.state, self.peers, self.dispatcher, clock)
+        self.gateway.fences = self.fences
+        self.server.gone = self.fences.closed
         self.recovery.gateway = self.gateway
         self.operations = ObjectOperations(
             self.state, self.dispatcher, self.gateway, self.primary, self.gateway.changes, shards, self.unsettled,
-            self.stats, self.outbox,
+            self.stats, self.outbox, self.fences,
         )  # fmt: skip
         self.operations.recovery = self.recovery
         self.settler = Settler(self.state, self.unsettled, self.primary, self.placer, self.peers, self.outbox)
@@ -90,6 +94,7 @@ class Plane:
                 self.peers.tick()
                 self.gateway.tick(clock.monotonic())
                 self.primary.tick()
+                self.fences.tick(clock.monotonic())
 
 
 @asynccontextmanager

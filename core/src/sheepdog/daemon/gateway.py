@@ -16,6 +16,7 @@ import anyio
 
 from sheepdog.contracts.services import Clock
 from sheepdog.contracts.store import REPLICA, Buffer, ShardKey
+from sheepdog.daemon.fencing import Client, Fences
 from sheepdog.daemon.outbox import Outbox
 from sheepdog.daemon.peers import LOST, PeerPool
 from sheepdog.daemon.placement import Placement, Placer
@@ -65,6 +66,7 @@ class Gateway:
         self.changes: Changes
         self.striped: Striped
         self.recovery: Recovery | None = None
+        self.fences: Fences
         self.alive: Callable[[], bool] = _always
         """Whether our membership certainly stands; while it does not, requests wait."""
         self._outbox = outbox
@@ -93,14 +95,15 @@ class Gateway:
         copies: int = 0,
         policy: int = 0,
         checked: bool = True,
-        wanted: Callable[[], bool] | None = None,
+        client: Client | None = None,
     ) -> None:
         """Bytes of an existing object are replaced.
 
         :param checked: refuse data objects of snapshots.
-        :param wanted: whether whoever asked is still there; a change that must be tried again is dropped otherwise.
+        :param client: whoever asks. When it has gone, a change that is not on its way is dropped, and none is applied
+            after a change of somebody who came later (see ``fencing``). ``None`` for this sheep itself.
         """
-        self._change(FORWARD_WRITE, oid, offset, data, done, copies, policy, 0, 0, checked, wanted)
+        self._change(FORWARD_WRITE, oid, offset, data, done, copies, policy, 0, 0, checked, client)
 
     def submit_create(
         self,
@@ -113,18 +116,26 @@ class Gateway:
         copies: int = 0,
         policy: int = 0,
         checked: bool = True,
-        wanted: Callable[[], bool] | None = None,
+        client: Client | None = None,
     ) -> None:
         """The object exists: ``data``, and around it the bytes of ``cow_oid`` or zeros."""
         flags = Flag.COW if cow_oid else 0
-        self._change(FORWARD_CREATE, oid, offset, data, done, copies, policy, cow_oid, flags, checked, wanted)
+        self._change(FORWARD_CREATE, oid, offset, data, done, copies, policy, cow_oid, flags, checked, client)
 
-    def submit_remove(self, oid: int, done: Callable[[int], None], *, wanted: Callable[[], bool] | None = None) -> None:
+    def submit_remove(
+        self,
+        oid: int,
+        done: Callable[[int], None],
+        *,
+        client: Client | None = None,
+        wanted: Callable[[], bool] | None = None,
+    ) -> None:
         """The object is gone everywhere; NO_OBJ if nobody had it.
 
-        :param wanted: as in ``submit_write``; important where the object may be made again by others.
+        :param client: as in ``submit_write``.
+        :param wanted: whether a removal that must be tried again is still right: others may have made the object again.
         """
-        self._change(FORWARD_REMOVE, oid, 0, b"", lambda result, _: done(result), 0, 0, 0, 0, False, wanted)
+        self._change(FORWARD_REMOVE, oid, 0, b"", lambda result, _: done(result), 0, 0, 0, 0, False, client, wanted)
 
     def submit_decref(self, ledger: int, generation: int, count: int, done: Callable[[int], None]) -> None:
         """A reference to the ledger's data object is dropped, once. EIO: nobody knows whether it was."""
@@ -149,9 +160,16 @@ class Gateway:
         cow_oid: int,
         flags: int,
         checked: bool,
-        wanted: Callable[[], bool] | None,
+        client: Client | None,
+        wanted: Callable[[], bool] | None = None,
     ) -> None:
+        if client is not None:
+            if not client.open:
+                done(Result.NETWORK_ERROR, None)
+                return
+            wanted = client.is_open
         operation = _Change(self, oid, done, copies, policy)
+        operation.client = client
         if wanted is not None:
             operation.wanted = wanted
         operation.opcode = opcode
@@ -319,8 +337,9 @@ class _Operation:
 class _Change(_Operation):
     """A create, write or removal: to the primary and back."""
 
-    __slots__ = ("checked", "cow_oid", "data", "flags", "offset", "opcode")
+    __slots__ = ("checked", "client", "cow_oid", "data", "flags", "offset", "opcode")
 
+    client: Client | None
     opcode: int
     offset: int
     data: Buffer
@@ -342,6 +361,12 @@ class _Change(_Operation):
             self.finish(Result.HALT, None)
             return
         epoch = gateway.state.epoch
+        primary = placement.primary
+        assert primary is not None, "without holders everything is halted"
+        client = self.client
+        if client is not None and primary not in client.fenced:
+            gateway.fences.ask(client, primary, partial(self._fenced, epoch))
+            return
         if placement.here:
             gateway.changes.apply(
                 self.opcode, oid, self.offset, self.data, self.cow_oid, placement,
@@ -353,8 +378,17 @@ class _Change(_Operation):
         link.object_request(
             self.opcode, epoch, oid, lambda response: self.ended(epoch, response.result, None),
             flags=self.flags, cow_oid=self.cow_oid, copies=placement.copies, copy_policy=placement.policy,
-            offset=self.offset, body=self.data,
+            offset=self.offset, body=self.data, wanted=self.wanted,
         )  # fmt: skip
+
+    def _fenced(self, epoch: int, result: int) -> None:
+        """The primary has made the fence that the client's first change there waits for, or has not."""
+        if result:
+            self.ended(epoch, result, None)
+        elif self.wanted():
+            self.start()
+        else:
+            self.finish(Result.NETWORK_ERROR, None)
 
     def finish(self, result: int, data: Any) -> None:  # Any: as in _Operation
         self.gateway._ended(self.oid)

@@ -15,6 +15,7 @@ from sheepdog.daemon import striped_undo
 from sheepdog.daemon.changes import Changes
 from sheepdog.daemon.coherence import Coherence
 from sheepdog.daemon.dispatch import Dispatcher
+from sheepdog.daemon.fencing import Fences
 from sheepdog.daemon.gateway import Gateway
 from sheepdog.daemon.outbox import Outbox
 from sheepdog.daemon.primary import Primary
@@ -26,6 +27,7 @@ from sheepdog.daemon.unsettled import Unsettled
 from sheepdog.model.ids import NO_OIDS, always_replicated, is_ledger, is_sparse, vid_of
 from sheepdog.model.inode import SHORT_INODE_BYTES
 from sheepdog.wire.extensions import (
+    FENCE_MARK,
     FORWARD_CREATE,
     FORWARD_DECREF,
     FORWARD_READ,
@@ -63,8 +65,10 @@ class ObjectOperations:
         unsettled: Unsettled,
         stats: Stats,
         outbox: Outbox,
+        fences: Fences,
     ) -> None:
         self._state = state
+        self._fences = fences
         self._gateway = gateway
         self._primary = primary
         self._changes = changes
@@ -101,6 +105,7 @@ class ObjectOperations:
         )
         path(LOW_WATER, self._low_water, force=True)  # also from a sheep that serves already, to one that does not yet
         path(RECOVERY_POINT, self._recovery_point)
+        path(FENCE_MARK, self._fence_mark, force=True)
 
     # ---- clients
 
@@ -136,12 +141,9 @@ class ObjectOperations:
             return
 
         def submit() -> None:
-            if not connection.open:
-                answer(Result.NETWORK_ERROR, None)
-                return
             self._gateway.submit_write(
                 request.oid, request.offset, request.body, answer, copies=request.copies, policy=request.copy_policy,
-                wanted=connection.is_open,
+                client=connection,
             )  # fmt: skip
 
         if self.coherence is not None and is_map_write(request.oid, request.offset, len(request.body)):
@@ -169,13 +171,13 @@ class ObjectOperations:
         self._gateway.submit_create(
             request.oid, request.offset, request.body, answer,
             cow_oid=request.cow_oid if request.flags & Flag.COW else 0,
-            copies=request.copies, policy=request.copy_policy, wanted=connection.is_open,
+            copies=request.copies, policy=request.copy_policy, client=connection,
         )  # fmt: skip
 
     def _remove_obj(self, connection: ClientConnection, request: Request) -> None:
         self._stats.gateway_began(request)
         answer = self._answer(connection, request)
-        self._gateway.submit_remove(request.oid, lambda result: answer(result, None), wanted=connection.is_open)
+        self._gateway.submit_remove(request.oid, lambda result: answer(result, None), client=connection)
 
     def _decref_obj(self, connection: ClientConnection, request: Request) -> None:
         self._stats.gateway_began(request)
@@ -215,11 +217,18 @@ class ObjectOperations:
                 else:
                     connection.reply(request, Result.WAIT_FOR_JOIN)
             elif (epoch - state.epoch) & 0xFFFFFFFF < 0x80000000:
-                self._early.append((connection, request, serve))
+                self._early.append((connection, request, gate))
             else:
                 connection.reply(request, Result.OLD_NODE_VER)
 
         return gate
+
+    def _fence_mark(self, connection: ClientConnection, request: Request) -> None:
+        """What was sent before a mark may wait for its epoch; then the mark waits behind it."""
+        if request.epoch != self._state.epoch and (request.epoch - self._state.epoch) & 0xFFFFFFFF < 0x80000000:
+            self._early.append((connection, request, self._fence_mark))
+        else:
+            self._fences.marked(connection, request)
 
     def _epoch_changed(self) -> None:
         if self._early:
@@ -227,8 +236,12 @@ class ObjectOperations:
 
     def _serve_early(self) -> None:
         early, self._early = self._early, deque()
-        for connection, request, serve in early:
-            self._at_epoch(serve)(connection, request)
+        for connection, request, gate in early:
+            if connection.open:
+                gate(connection, request)
+            else:
+                # Whoever sent it knows that it may be lost, and may have sent newer ones over another connection.
+                connection.reply(request, Result.NETWORK_ERROR)
 
     # ---- other sheep
 

@@ -2,7 +2,8 @@
 
 A request is a callback: ``done(response)`` is called exactly once, with result NETWORK_ERROR when no answer came.
 Requests to one node are sent, and arrive, in the order they were made, which is what keeps the copies of an object in
-step (see ``primary``). The connection is made when first needed; an idle one stays.
+step (see ``primary``). The connection is made when first needed; an idle one stays. Nothing is sent over a new one
+before the other side knows whose it is and has ended what older ones there were (see ``fencing``).
 
 ``tail`` of a request carries the low-water mark of this connection's completed writes (see ``unsettled``).
 """
@@ -41,8 +42,8 @@ class PeerLink:
     """The connection to one node."""
 
     __slots__ = (
-        "_channel", "_connecting", "_failed_at", "_forgotten", "_next_id", "_output", "_pending", "_pool", "decoder",
-        "node",
+        "_channel", "_connecting", "_failed_at", "_forgotten", "_held", "_next_id", "_output", "_pending", "_pool",
+        "_ready", "decoder", "node",
     )  # fmt: skip
 
     def __init__(self, pool: PeerPool, node: NodeId) -> None:
@@ -54,6 +55,8 @@ class PeerLink:
         self._forgotten = False
         self._failed_at = -RETRY_S
         self._next_id = 1
+        self._ready = False  # the other side has answered our hello
+        self._held: list[tuple[int, bytes, Buffer | None, Callable[[], bool] | None]] = []  # until then
         self._output: list[Buffer] = []
         self._pending: dict[int, tuple[Answer, float]] = {}
 
@@ -76,8 +79,12 @@ class PeerLink:
         length: int = 0,
         body: Buffer | None = None,
         tail: int = 0,
+        wanted: Callable[[], bool] | None = None,
     ) -> None:
-        """Sends an object request. With ``body`` it is a write; otherwise ``length`` bytes of answer are expected."""
+        """Sends an object request. With ``body`` it is a write; otherwise ``length`` bytes of answer are expected.
+
+        :param wanted: if the request has to wait for a connection, whether it is still to be sent then.
+        """
         id_ = self._begin(done)
         if id_ is None:
             return
@@ -86,13 +93,13 @@ class PeerLink:
                 SHEEP_PROTO_VER, opcode, flags, epoch, id_, length,
                 oid, cow_oid, copies, copy_policy, ec_index, 0, tgt_epoch, offset, tail,
             )  # fmt: skip
-            self._queue(header, None)
+            self._queue(id_, header, None, wanted)
         else:
             header = REQUEST.pack(
                 SHEEP_PROTO_VER, opcode, flags | FLAG_WRITE, epoch, id_, len(body),
                 oid, cow_oid, copies, copy_policy, ec_index, 0, tgt_epoch, offset, tail,
             )  # fmt: skip
-            self._queue(header, body)
+            self._queue(id_, header, body, wanted)
 
     def send(self, request: Request, done: Answer) -> None:
         """Sends any other request (its id is replaced)."""
@@ -104,9 +111,12 @@ class PeerLink:
         if len(request.body):
             request.flags |= FLAG_WRITE
             request.data_length = len(request.body)
-        self._queue(request.pack(), request.body)
+        self._queue(id_, request.pack(), request.body)
 
-    def _queue(self, header: bytes, body: Buffer | None) -> None:
+    def _queue(self, id_: int, header: bytes, body: Buffer | None, wanted: Callable[[], bool] | None = None) -> None:
+        if not self._ready:
+            self._held.append((id_, header, body, wanted))
+            return
         output = self._output
         first = not output
         output.append(header)
@@ -159,8 +169,22 @@ class PeerLink:
         self.decoder = response_decoder(larger=self._pool.object_bytes_max)
         if self._forgotten:
             channel.abort()
-        self._pool.outbox.defer(self._flush)
+        elif self._pool.hello is not None:
+            channel.write([self._pool.hello()])
+        else:
+            self._greeted()
         return self
+
+    def _greeted(self) -> None:
+        """The other side knows whose connection this is: what waited for it leaves."""
+        self._ready = True
+        held, self._held = self._held, []
+        with self._pool.outbox:
+            for id_, header, body, wanted in held:
+                if wanted is None or wanted():
+                    self._queue(id_, header, body)
+                else:
+                    self._pending.pop(id_)[0](Response(Result.NETWORK_ERROR))
 
     # ---- receiver
 
@@ -180,17 +204,21 @@ class PeerLink:
                 entry = pending.pop(response.id, None)
                 if entry is not None:
                     entry[0](response)
+                elif not self._ready:
+                    self._greeted()  # whatever the answer was: a sheep that knows no hello needs none
 
     def writable(self) -> None:
         """Nothing waits for this: what may be in flight is bounded by the clients' own limits."""
 
     def closed(self, error: Exception | None) -> None:
         self._channel = None
+        self._ready = False
         self._lost(LOST)
 
     def _lost(self, response: Response) -> None:
         pending, self._pending = self._pending, {}
         self._output = []
+        self._held = []
         with self._pool.outbox:
             for done, _ in pending.values():
                 done(response)
@@ -237,6 +265,8 @@ class PeerPool:
         self.outbox = outbox
         self.clock = clock
         self.spawn = spawn
+        self.hello: Callable[[], bytes] | None = None
+        """The first request of each connection, with id 0."""
         self.now = clock.monotonic()  # of the last tick: exact enough for deadlines
         self._links: dict[NodeId, PeerLink] = {}
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from sheepdog.contracts.transport import Buffer, Channel
+from sheepdog.daemon.fencing import Client
 from sheepdog.daemon.outbox import Outbox
 from sheepdog.daemon.unsettled import AppliedLog
 from sheepdog.errors import ProtocolError
@@ -30,19 +31,19 @@ INFLIGHT_MAX = 4096
 INFLIGHT_BYTES_MAX = 256 * MiB
 
 
-class ClientConnection:
+class ClientConnection(Client):
     """Receiver of one accepted connection."""
 
     __slots__ = (
         "_dispatch", "_inflight", "_inflight_bytes", "_outbox", "_output", "_paused", "_server", "applied", "channel",
-        "decoder", "limited", "number", "open",
+        "decoder", "limited", "number",
     )  # fmt: skip
 
     def __init__(self, server: Server, channel: Channel) -> None:
+        super().__init__()
         self.channel = channel
         self.number = server.accepted  # tells connections apart in the log
         self.decoder = request_decoder(larger=server.state.object_bytes_max)
-        self.open = True
         self.limited = True  # by what is in flight; not for other sheep
         self.applied: AppliedLog = deque()
         self._server = server
@@ -53,14 +54,12 @@ class ClientConnection:
         self._inflight_bytes = 0
         self._paused = False
 
-    def is_open(self) -> bool:
-        """Whether the other side is still there."""
-        return self.open
-
     def get_buffer(self, size_hint: int) -> memoryview:
         return self.decoder.get_buffer()
 
     def buffer_updated(self, count: int) -> None:
+        if not self.open:
+            return
         try:
             requests = self.decoder.received(count)
         except ProtocolError as error:
@@ -113,10 +112,16 @@ class ClientConnection:
     def writable(self) -> None:
         self._throttle()
 
+    def end(self) -> None:
+        """The connection ends now: nothing that comes over it, or came and waits, is served any more."""
+        self.open = False
+        self.channel.abort()
+
     def closed(self, error: Exception | None) -> None:
         self.open = False
         self._output = []
         self._server.connections.discard(self)
+        self._server.gone(self)
         if self.applied:
             self._server.abandoned(self.applied)
 
@@ -127,6 +132,7 @@ class Server:
     def __init__(self, dispatcher: Dispatcher, outbox: Outbox, abandoned: Callable[[AppliedLog], None]) -> None:
         """:param abandoned: told what another sheep's connection had applied when it broke."""
         self.abandoned = abandoned
+        self.gone: Callable[[ClientConnection], None] = _ignore
         self.dispatcher = dispatcher
         self.outbox = outbox
         self.state = dispatcher.state
@@ -144,3 +150,7 @@ class Server:
         """Every connection ends after what it has queued."""
         for connection in list(self.connections):
             connection.channel.close()
+
+
+def _ignore(_: ClientConnection) -> None:
+    """Nobody wants to know."""

@@ -28,6 +28,7 @@ from sheepdog.daemon.coherence import Coherence
 from sheepdog.daemon.config import POOLS, POOLS_RENAMED, SheepConfig
 from sheepdog.daemon.control import Control
 from sheepdog.daemon.dispatch import Dispatcher
+from sheepdog.daemon.fencing import Fences
 from sheepdog.daemon.gateway import Gateway
 from sheepdog.daemon.objects import ObjectAccess
 from sheepdog.daemon.outbox import Outbox
@@ -145,10 +146,13 @@ class Sheep:
         self.gateway.changes = self.changes
         self.gateway.striped = striped
         self.gateway.recovery = self.recovery
+        self.fences = Fences(self.state, self.peers, self.dispatcher, clock)
+        self.gateway.fences = self.fences
+        self.server.gone = self.fences.closed
         self.recovery.gateway = self.gateway
         self.operations = ObjectOperations(
             self.state, self.dispatcher, self.gateway, self.primary, self.changes, shards, self.unsettled,
-            self.stats, self.outbox,
+            self.stats, self.outbox, self.fences,
         )  # fmt: skip
         self.operations.recovery = self.recovery
         self.settler = Settler(
@@ -254,6 +258,7 @@ class Sheep:
                 self.peers.tick()
                 self.gateway.tick(now)
                 self.primary.tick()
+                self.fences.tick(now)
                 self.progress.tick()
 
 

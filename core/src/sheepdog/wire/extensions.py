@@ -15,6 +15,12 @@ SETTLE = 0xE7
 LOW_WATER = 0xE8  # tail: every change of the sender with a smaller number is complete
 REPAIR = 0xE9  # the primary of oid brings the copy of its holder number ec_index in line with the majority
 
+# see daemon/fencing.py; variant: the node that speaks, and the number of a fence
+HELLO = 0xD4  # the first request of a connection between sheep: who made it
+FENCE = 0xD5  # a gateway asks a primary: whatever others sent to it before now has arrived, or never will
+FENCE_ASK = 0xD6  # a primary asks for a mark over the connection that our requests to it come by
+FENCE_MARK = 0xD7  # that mark
+
 DRIVER_STATUS = 0xD2  # asked by dog, of any sheep in any status; answer: a CBOR map, see daemon/session.py
 
 # first byte of the variant of a REPAIR_REPLICA answer: the copy was right by the time it was looked at
