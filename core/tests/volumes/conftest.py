@@ -82,8 +82,10 @@ class FakeCluster:
 
         self._do("read", oid, action, done)
 
-    def submit_write(self, oid, offset, data, done, *, copies=0, policy=0):
+    def submit_write(self, oid, offset, data, done, *, copies=0, policy=0, client=None):
         def action():
+            if client is not None and not client.is_open():
+                return Result.NETWORK_ERROR, None
             if self._refused(oid):
                 return Result.READONLY, None
             if oid not in self.objects:
@@ -106,8 +108,10 @@ class FakeCluster:
             if old[i] and old[i] != new and old[i] == vid_of(oid):
                 self.objects.pop(old[i] << 32 | i, None)
 
-    def submit_create(self, oid, offset, data, done, *, cow_oid=0, copies=0, policy=0):
+    def submit_create(self, oid, offset, data, done, *, cow_oid=0, copies=0, policy=0, client=None):
         def action():
+            if client is not None and not client.is_open():
+                return Result.NETWORK_ERROR, None
             if self._refused(oid):
                 return Result.READONLY, None
             if cow_oid and cow_oid not in self.objects:
@@ -125,7 +129,7 @@ class FakeCluster:
 
         self._do("create", oid, action if is_data(oid) else node, done)
 
-    def submit_remove(self, oid, done):
+    def submit_remove(self, oid, done, *, client=None):
         def action():
             return (0 if self.objects.pop(oid, None) is not None else Result.NO_OBJ), None
 

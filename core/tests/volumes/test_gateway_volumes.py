@@ -408,3 +408,32 @@ async def wait_for(condition):
     with anyio.fail_after(10):
         while not condition():
             await anyio.lowlevel.checkpoint()
+
+
+async def test_abandoned_changes_are_not_made(make_cluster):
+    """What waits when the user of an open volume vanishes fails, its map changes too; another open is not concerned."""
+    cluster, volumes = make_cluster(3)
+    vid = cluster.create_vdi("disk", 16 * MiB)
+    gone, stays = await volumes.open("disk"), await volumes.open("disk")
+    await write(gone, 0, b"kept")
+    failures = []
+
+    async def fails(start):
+        with pytest.raises(SheepdogError):
+            await completed(start)
+        failures.append(start)
+
+    async with anyio.create_task_group() as tasks:
+        for start in (
+            lambda done: gone.write(0, b"late", done),
+            lambda done: gone.write(4 * MiB, b"late", done),
+            lambda done: gone.discard(0, 4 * MiB, done),
+        ):
+            tasks.start_soon(fails, start)
+        await anyio.lowlevel.checkpoint()
+        gone.abandon()
+
+    assert len(failures) == 3
+    assert await read(stays, 0, 4) == b"kept"
+    await write(stays, 8 * MiB, b"more")
+    assert cluster.stored_map(vid) == {0: vid, 2: vid}

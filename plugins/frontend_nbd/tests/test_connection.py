@@ -537,6 +537,7 @@ async def test_disc_waits_for_what_is_in_flight(make_wire, volumes):
     assert wire.ended == []
     wire.connection.closed(None)
     assert wire.ended == [wire.connection]
+    assert volumes.abandoned == 0
 
 
 async def test_lost_connection_ends_when_requests_have_ended(make_wire, volumes):
@@ -549,6 +550,7 @@ async def test_lost_connection_ends_when_requests_have_ended(make_wire, volumes)
 
     wire.connection.closed(ConnectionResetError("gone"))
     assert wire.ended == []
+    assert volumes.abandoned == 1  # a write that waits for the cluster must not be made after what the client does next
     volumes.let_go()
 
     assert wire.ended == [wire.connection]

@@ -90,6 +90,13 @@ class Volume(Protocol):
     async def refresh(self) -> None:
         """``info`` and the map are read again (size may have grown)."""
 
+    def abandon(self) -> None:
+        """Whoever this was opened for has gone without a farewell, and may go on elsewhere: a change that is not on its
+        way to the disks yet, because it waits for the cluster, fails instead of being made after what is done there.
+
+        New changes fail, too. What is under way still ends. ``aclose`` follows.
+        """
+
     async def aclose(self) -> None:
         """The lock (if any) is released once the last user closed it."""
 

@@ -24,7 +24,7 @@ connections to two gateways at the same time must not send the same range over b
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from struct import Struct
 from typing import TYPE_CHECKING, TypeAlias
@@ -66,6 +66,20 @@ class Client:
         return self.open
 
 
+class Clients(Client):
+    """Several at once: there as long as one of them is."""
+
+    __slots__ = ("_members",)
+
+    def __init__(self, members: Sequence[Client]) -> None:
+        super().__init__()
+        self.fenced = set.intersection(*(member.fenced for member in members))
+        self._members = members
+
+    def is_open(self) -> bool:
+        return any(member.is_open() for member in self._members)
+
+
 class Fences:
     """The fences of one sheep: those it asks for as a gateway, and those it makes as a primary."""
 
@@ -75,7 +89,8 @@ class Fences:
         self._clock = clock
         peers.hello = self._hello_request
         self._waiting: dict[tuple[Client, NodeId], list[Done]] = {}  # changes that wait for a fence
-        self._incoming: dict[ClientConnection, NodeId] = {}  # connections of other sheep
+        self.incoming: dict[ClientConnection, NodeId] = {}
+        """The connections of other sheep, and who made them."""
         self._number = 0  # of the round under way, or of the last one
         self._left: dict[ClientConnection, bool] = {}  # those without a mark in this round; whether asked for one
         self._callers: list[Done] = []  # of this round
@@ -121,21 +136,21 @@ class Fences:
     def _hello(self, connection: ClientConnection, request: Request) -> None:
         address, port, _ = _NODE.unpack_from(request.variant or b"")
         node = NodeId(address, port)
-        for older in [other for other, known in self._incoming.items() if known == node and other is not connection]:
+        for older in [other for other, known in self.incoming.items() if known == node and other is not connection]:
             self._end(older)
-        self._incoming[connection] = node
+        self.incoming[connection] = node
         connection.reply(request, 0)
         self._advance()
 
     def closed(self, connection: ClientConnection) -> None:
         """Nothing comes over the connection any more."""
-        if self._incoming.pop(connection, None) is not None:
+        if self.incoming.pop(connection, None) is not None:
             self._left.pop(connection, None)
             self._advance()
 
     def _end(self, connection: ClientConnection) -> None:
         connection.end()
-        self._incoming.pop(connection, None)
+        self.incoming.pop(connection, None)
         self._left.pop(connection, None)
 
     # ---- as a primary
@@ -150,7 +165,7 @@ class Fences:
         self._callers, self._next = self._next, []
         self._number = self._number % FENCES_MAX + 1
         self._deadline = self._clock.monotonic() + FENCE_S
-        self._left = dict.fromkeys(self._incoming, False)
+        self._left = dict.fromkeys(self.incoming, False)
         self._ask_marks()
         self._advance()
 
@@ -158,7 +173,7 @@ class Fences:
         me = self._state.me.id
         variant = _NODE.pack(me.address, me.port, self._number)
         for connection in [connection for connection, asked in self._left.items() if not asked]:
-            member = self._member(self._incoming[connection])
+            member = self._member(self.incoming[connection])
             if member is None:
                 self._end(connection)  # it would be refused anyhow
                 continue
@@ -212,7 +227,7 @@ class Fences:
             self._advance()
             return
         for connection in list(self._left):
-            node = self._incoming.get(connection)
+            node = self.incoming.get(connection)
             if node is not None:
                 logger.warning("node=%s does not answer, what it sent before is not waited for", node.text)
                 self._end(connection)

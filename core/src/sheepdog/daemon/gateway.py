@@ -164,7 +164,7 @@ class Gateway:
         wanted: Callable[[], bool] | None = None,
     ) -> None:
         if client is not None:
-            if not client.open:
+            if not client.is_open():
                 done(Result.NETWORK_ERROR, None)
                 return
             wanted = client.is_open

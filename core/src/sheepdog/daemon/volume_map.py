@@ -15,9 +15,10 @@ import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from sheepdog.contracts.services import Buffer
+from sheepdog.daemon.fencing import Client
 from sheepdog.daemon.volumes_io import ObjectIO, read_object
 from sheepdog.errors import ProtocolError, SheepdogError
 from sheepdog.model.btree import INNER_DEPTH, LEAF_DEPTH, BtreeNode, insert
@@ -69,7 +70,7 @@ class FlatMap:
         owners = self.owners
         return ((index, owners[index]) for index in range(first, last) if owners[index])
 
-    def store(self, changes: Mapping[int, int], done: Stored) -> None:
+    def store(self, changes: Mapping[int, int], done: Stored, client: Client | None = None) -> None:
         """The entries in the inode are the new ones. One call at a time."""
         results: dict[int, int] = {}
         runs = list(_runs(sorted(changes)))
@@ -86,7 +87,7 @@ class FlatMap:
         for first, last in runs:
             data = array("I", [changes[index] for index in range(first, last)]).tobytes()
             self._io.submit_write(
-                self._inode, map_offset(first), data, partial(written, first, last), copies=self._copies
+                self._inode, map_offset(first), data, partial(written, first, last), copies=self._copies, client=client
             )
 
 
@@ -147,7 +148,7 @@ class TreeMap:
             return ((index, owners[index]) for index in range(first, last) if owners[index])
         return iter(sorted(item for item in owners.items() if first <= item[0] < last and item[1]))
 
-    def store(self, changes: Mapping[int, int], done: Stored) -> None:
+    def store(self, changes: Mapping[int, int], done: Stored, client: Client | None = None) -> None:
         """The tree names the new owners: leaves first, then the root, then the counter. One call at a time."""
         root, counter = self._root, self._counter
         changed: dict[Oid, BtreeNode] = {}
@@ -168,7 +169,7 @@ class TreeMap:
         except KeyError:
             done(dict.fromkeys(changes, int(Result.EIO)))
             return
-        writes = self._writes(root, changed, counter)
+        writes = self._writes(root, changed, counter, {"copies": self._copies, "client": client})
 
         def step(result: int, _: object = None) -> None:
             write = next(writes, None) if not result else None
@@ -184,20 +185,24 @@ class TreeMap:
         step(0)
 
     def _writes(
-        self, root: BtreeNode, changed: dict[Oid, BtreeNode], counter: int
+        self,
+        root: BtreeNode,
+        changed: dict[Oid, BtreeNode],
+        counter: int,
+        options: Mapping[str, Any],  # Any: as submit_write takes them
     ) -> Iterator[Callable[..., None]]:  # each is told done=...
         for oid, node in changed.items():
             old = self._leaves.get(oid)
             if old is None:
-                yield partial(self._io.submit_create, oid, 0, node.pack(), copies=self._copies)
+                yield partial(self._io.submit_create, oid, 0, node.pack(), **options)
                 continue
             for offset, data in self._pieces(old, node):
-                yield partial(self._io.submit_write, oid, offset, data, copies=self._copies)
+                yield partial(self._io.submit_write, oid, offset, data, **options)
         for offset, data in self._pieces(self._root, root):
-            yield partial(self._io.submit_write, self._inode, MAP_OFFSET + offset, data, copies=self._copies)
+            yield partial(self._io.submit_write, self._inode, MAP_OFFSET + offset, data, **options)
         if counter != self._counter or not self._certain:
             data = counter.to_bytes(4, "little")
-            yield partial(self._io.submit_write, self._inode, BTREE_COUNTER_OFFSET, data, copies=self._copies)
+            yield partial(self._io.submit_write, self._inode, BTREE_COUNTER_OFFSET, data, **options)
 
     def _pieces(self, old: BtreeNode, new: BtreeNode) -> Iterator[tuple[int, Buffer]]:
         """What turns a stored node into another. Entries that only follow the old ones come before the head that counts

@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager
 import anyio
 
 from sheepdog.contracts.services import Buffer, Done, VolumeInfo
+from sheepdog.daemon.fencing import Client
 from sheepdog.daemon.volumes_head import Head, Spawn
 from sheepdog.daemon.volumes_io import ObjectIO, VdiControl
 from sheepdog.errors import InvalidParameters, ReadOnlyObject, SheepdogError, VdiNotFound
@@ -161,6 +162,7 @@ class OpenVolume:
         self._key = key
         self._head = head
         self._closed = False
+        self._client = Client()
 
     def read(self, offset: int, length: int, done: Done) -> None:
         if self._closed:
@@ -172,19 +174,19 @@ class OpenVolume:
         if self._closed or self.read_only:
             self._refuse(done)
         else:
-            self._head.write(offset, data, done)
+            self._head.write(offset, data, done, self._client)
 
     def discard(self, offset: int, length: int, done: Done) -> None:
         if self._closed or self.read_only:
             self._refuse(done)
         else:
-            self._head.discard(offset, length, done)
+            self._head.discard(offset, length, done, self._client)
 
     def write_zeroes(self, offset: int, length: int, may_free: bool, done: Done) -> None:
         if self._closed or self.read_only:
             self._refuse(done)
         else:
-            self._head.write_zeroes(offset, length, may_free, done)
+            self._head.write_zeroes(offset, length, may_free, done, self._client)
 
     def flush(self, done: Done) -> None:
         if self._closed:
@@ -203,6 +205,9 @@ class OpenVolume:
             raise _closed()
         await self._head.reload(look_up=False)
         self.info = info_of(self._head.header)
+
+    def abandon(self) -> None:
+        self._client.open = False
 
     async def aclose(self) -> None:
         """Requests under way still end; new ones are refused. Repeating it is harmless."""

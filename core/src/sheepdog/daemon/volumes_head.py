@@ -28,6 +28,7 @@ from typing import Any, TypeAlias
 import anyio
 
 from sheepdog.contracts.services import Buffer, Done
+from sheepdog.daemon.fencing import Client, Clients
 from sheepdog.daemon.volume_map import FlatMap, Sparse, TreeMap, load_map
 from sheepdog.daemon.volumes_io import ObjectIO, VdiControl, error_of, read_object
 from sheepdog.errors import InvalidParameters, SheepdogError, VdiLocked, VdiNotFound
@@ -77,7 +78,7 @@ class Head:
         self.snapshot = header.is_snapshot  # opened as a snapshot; stays one
         self.locked = False
         self.busy: dict[int, list[_Part]] = {}  # index -> changes that wait
-        self._queued: dict[int, tuple[int, int, ChangeStored]] = {}  # index -> owner, under which vid, whom to tell
+        self._queued: dict[int, _Queued] = {}
         self._storing = False
         self._reloading = False
         self._waiting: list[_Part] = []  # for the reload
@@ -115,28 +116,29 @@ class Head:
         elif self._inside(offset, length, done):
             _ReadAll(self, offset, length, done)
 
-    def write(self, offset: int, data: Buffer, done: Done) -> None:
+    def write(self, offset: int, data: Buffer, done: Done, client: Client) -> None:
         length = len(data)
         start = offset & self.offset_mask
         if 0 < length <= self.object_bytes - start and 0 <= offset <= self.size - length:
-            _Write(self, offset >> self.shift, start, data, done).start()
+            _Write(self, offset >> self.shift, start, data, done, client).start()
         elif self._inside(offset, length, done):
             view = memoryview(data)
             parts = (
                 (_Write, index, start, view[at : at + count]) for index, start, at, count in self._cut(offset, length)
             )
-            _Window(self, parts, DATA_PARTS_MAX, done)
+            _Window(self, parts, DATA_PARTS_MAX, done, client)
 
-    def discard(self, offset: int, length: int, done: Done) -> None:
+    def discard(self, offset: int, length: int, done: Done, client: Client) -> None:
         if self._inside(offset, length, done):
             first, last = self._whole(offset, length)
             parts = ((_Free, index, 0, b"") for index, _ in self.map.allocated(first, last))
-            _Window(self, parts, FREE_PARTS_MAX, done)
+            _Window(self, parts, FREE_PARTS_MAX, done, client)
 
-    def write_zeroes(self, offset: int, length: int, may_free: bool, done: Done) -> None:
+    def write_zeroes(self, offset: int, length: int, may_free: bool, done: Done, client: Client) -> None:
         if self._inside(offset, length, done):
             first, last = self._whole(offset, length) if may_free else (0, 0)
-            _Window(self, self._zero_parts(offset, length, first, last, may_free), ZERO_PARTS_MAX, done)
+            parts = self._zero_parts(offset, length, first, last, may_free)
+            _Window(self, parts, ZERO_PARTS_MAX, done, client)
 
     def _zero_parts(
         self, offset: int, length: int, first: int, last: int, may_free: bool
@@ -194,9 +196,9 @@ class Head:
 
     # ---- map changes
 
-    def change(self, index: int, owner: int, vid: int, stored: ChangeStored) -> None:
+    def change(self, index: int, owner: int, vid: int, stored: ChangeStored, client: Client) -> None:
         """The entry of a busy index becomes ``owner``; ``stored(result)`` once that is in the inode of ``vid``."""
-        self._queued[index] = (owner, vid, stored)
+        self._queued[index] = (owner, vid, stored, client)
         if not self._storing:
             self._store()
 
@@ -205,19 +207,20 @@ class Head:
         while self._queued:
             queued, self._queued = self._queued, {}
             changes: dict[int, int] = {}
-            for index, (owner, vid, stored) in queued.items():
+            clients: dict[Client, None] = {}
+            for index, (owner, vid, stored, client) in queued.items():
                 if vid == self.vid:
                     changes[index] = owner
+                    clients[client] = None
                 else:
                     stored(Result.READONLY)
             if changes:
-                self.map.store(changes, partial(self._stored, self.vid, queued))
+                client = next(iter(clients)) if len(clients) == 1 else Clients(list(clients))
+                self.map.store(changes, partial(self._stored, self.vid, queued), client)
                 return
         self._storing = False
 
-    def _stored(
-        self, vid: int, queued: Mapping[int, tuple[int, int, ChangeStored]], results: Mapping[int, int]
-    ) -> None:
+    def _stored(self, vid: int, queued: Mapping[int, _Queued], results: Mapping[int, int]) -> None:
         late = vid != self.vid or self._control.readonly(vid)
         if not late:
             for index, result in results.items():
@@ -334,18 +337,21 @@ class Head:
 ChangeStored: TypeAlias = Callable[[int], None]
 """Told the result code of one map change; READONLY: it does not count, begin again."""
 
+_Queued: TypeAlias = tuple[int, int, ChangeStored, Client]  # new owner, under which vid, whom to tell, for whom
+
 
 class _Part:
     """What a request does to one data object."""
 
-    __slots__ = ("attempts", "begin", "data", "done", "doubted", "head", "index", "owner", "vid")
+    __slots__ = ("attempts", "begin", "client", "data", "done", "doubted", "head", "index", "owner", "vid")
 
-    def __init__(self, head: Head, index: int, begin: int, data: Buffer, done: Done) -> None:
+    def __init__(self, head: Head, index: int, begin: int, data: Buffer, done: Done, client: Client) -> None:
         self.head = head
         self.index = index
         self.begin = begin  # in the object
         self.data = data
         self.done = done
+        self.client = client
         self.attempts = 0
         self.doubted = False
         self.vid = self.owner = 0  # what the last attempt went by
@@ -423,8 +429,9 @@ class _Write(_Part):
         owner = self.owner = head.owners[index]
         if owner == vid:
             head.io.submit_write(
-                vid << 32 | index, self.begin, self.data, self._written, copies=head.copies, policy=head.policy
-            )
+                vid << 32 | index, self.begin, self.data, self._written, copies=head.copies, policy=head.policy,
+                client=self.client,
+            )  # fmt: skip
         else:
             self._create()
 
@@ -443,14 +450,14 @@ class _Write(_Part):
         head.busy[index] = []
         head.io.submit_create(
             self.vid << 32 | index, begin, data, self._created,
-            cow_oid=source << 32 | index if source else 0, copies=head.copies, policy=head.policy,
+            cow_oid=source << 32 | index if source else 0, copies=head.copies, policy=head.policy, client=self.client,
         )  # fmt: skip
 
     def _created(self, result: int, _: object) -> None:
         if result:
             self._stored(result)
         else:
-            self.head.change(self.index, self.vid, self.vid, self._stored)
+            self.head.change(self.index, self.vid, self.vid, self._stored, self.client)
 
     def _stored(self, result: int) -> None:
         self.head.release(self.index)
@@ -508,7 +515,7 @@ class _Free(_Part):
             self.done(None, None)
             return
         head.busy[index] = []
-        head.change(index, 0, self.vid, self._stored)
+        head.change(index, 0, self.vid, self._stored, self.client)
 
     def _stored(self, result: int) -> None:
         head = self.head
@@ -518,7 +525,7 @@ class _Free(_Part):
         elif head.map.frees or self.owner != self.vid:
             self._freed(0)
         else:
-            head.io.submit_remove(self.vid << 32 | self.index, self._freed)
+            head.io.submit_remove(self.vid << 32 | self.index, self._freed, client=self.client)
 
     def _freed(self, result: int) -> None:
         if result and result != Result.NO_OBJ:
@@ -558,11 +565,17 @@ class _ReadAll:
 class _Window:
     """A request of many parts, a bounded number of them in flight. After an error no more are started."""
 
-    __slots__ = ("_done", "_error", "_head", "_inflight", "_max", "_parts", "_pumping")
+    __slots__ = ("_client", "_done", "_error", "_head", "_inflight", "_max", "_parts", "_pumping")
 
     def __init__(
-        self, head: Head, parts: Iterator[tuple[type[_Part], int, int, Buffer]], inflight_max: int, done: Done
+        self,
+        head: Head,
+        parts: Iterator[tuple[type[_Part], int, int, Buffer]],
+        inflight_max: int,
+        done: Done,
+        client: Client,
     ) -> None:
+        self._client = client
         self._head = head
         self._parts: Iterator[tuple[type[_Part], int, int, Buffer]] | None = parts
         self._max = inflight_max
@@ -581,7 +594,7 @@ class _Window:
                 break
             kind, index, begin, data = part
             self._inflight += 1
-            kind(self._head, index, begin, data, self._one).start()
+            kind(self._head, index, begin, data, self._one, self._client).start()
         self._pumping = False
         if self._parts is None and not self._inflight:
             self._done(self._error, None)

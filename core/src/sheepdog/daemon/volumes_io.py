@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from sheepdog.contracts.services import Buffer, completed
+from sheepdog.daemon.fencing import Client
 from sheepdog.errors import SheepdogError
 from sheepdog.model.inode import InodeHeader
 from sheepdog.wire.results import Result, error_for
@@ -20,14 +21,23 @@ ChangeDone: TypeAlias = Callable[[int], None]
 class ObjectIO(Protocol):
     """Object requests in callback form. ``done`` is called once, on the loop, perhaps before the method returns.
 
-    Data is lent until ``done`` was called. Results that a retry can mend are retried below; what arrives here is final.
+    Data is lent until ``done`` was called. Results that a retry can mend are retried below, as long as ``client`` is
+    there, if one is given; what arrives here is final.
     """
 
     def submit_read(self, oid: int, offset: int, length: int, done: ResultDone) -> None:
         """``done(0, buffer)`` with exactly ``length`` bytes."""
 
     def submit_write(
-        self, oid: int, offset: int, data: Buffer, done: ResultDone, *, copies: int = 0, policy: int = 0
+        self,
+        oid: int,
+        offset: int,
+        data: Buffer,
+        done: ResultDone,
+        *,
+        copies: int = 0,
+        policy: int = 0,
+        client: Client | None = None,
     ) -> None:
         """Bytes of an existing object are replaced at every holder."""
 
@@ -41,10 +51,11 @@ class ObjectIO(Protocol):
         cow_oid: int = 0,
         copies: int = 0,
         policy: int = 0,
+        client: Client | None = None,
     ) -> None:
         """The object exists: ``data``, and around it the bytes of ``cow_oid`` or zeros."""
 
-    def submit_remove(self, oid: int, done: ChangeDone) -> None:
+    def submit_remove(self, oid: int, done: ChangeDone, *, client: Client | None = None) -> None:
         """The object is gone everywhere; NO_OBJ if nobody had it."""
 
     def submit_sync(self, done: ResultDone) -> None:

@@ -43,6 +43,7 @@ class MemoryVolumes:
     def __init__(self, *, exclusive: bool = False) -> None:
         self._contents: list[_Content] = []
         self._next_vid = 0x7C2B25
+        self.abandoned = 0  # opens of which ``abandon`` was called
         self._exclusive = exclusive
         self._fail: list[tuple[str, Exception]] = []
         self._held: list[Callable[[], None]] | None = None
@@ -165,6 +166,7 @@ class MemoryVolume:
         self._volumes = volumes
         self._content = content
         self._closed = False
+        self.abandoned = False
 
     def read(self, offset: int, length: int, done: Done) -> None:
         def action() -> bytearray:
@@ -241,6 +243,10 @@ class MemoryVolume:
 
     async def refresh(self) -> None:
         self.info = self._content.info
+
+    def abandon(self) -> None:
+        self.abandoned = True  # nothing waits for a cluster here
+        self._volumes.abandoned += 1
 
     async def aclose(self) -> None:
         if not self._closed:

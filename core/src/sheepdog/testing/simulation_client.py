@@ -62,6 +62,7 @@ class SimulatedClient:
         self.simulation = simulation
         self.host = name
         self.random = simulation.fork_random()
+        self.gateway: int | None = None  # the number of the sheep to talk to; None for any
         self._transport = simulation.network.transport(name)
         self._connection: _Connection | None = None
         self._connecting = trio.Lock()
@@ -78,22 +79,22 @@ class SimulatedClient:
 
         :raises AssertionError: no answer within ``ANSWER_S``.
         """
-        request.proto = SHEEP_PROTO_VER if request.opcode >= 0x80 else 2
-        if len(request.body):
-            request.flags |= FLAG_WRITE
-            request.data_length = len(request.body)
         deadline = trio.current_time() + ANSWER_S
         while True:
             with trio.move_on_at(deadline):
-                response = await self._attempt(request)
+                response = await self.attempt(request)
                 if response is not None and response.result not in TRY_AGAIN:
                     return response
                 await trio.sleep(self.random.uniform(0.05, 0.3))
                 continue
             raise AssertionError(f"{self.host}: no answer to {request!r}; {self.simulation.describe()}")
 
-    async def _attempt(self, request: Request) -> Response | None:
+    async def attempt(self, request: Request) -> Response | None:
         """The answer, or ``None`` when the connection could not be made or broke."""
+        request.proto = SHEEP_PROTO_VER if request.opcode >= 0x80 else 2
+        if len(request.body):
+            request.flags |= FLAG_WRITE
+            request.data_length = len(request.body)
         connection = await self._connected()
         if connection is None:
             return None
@@ -114,6 +115,9 @@ class SimulatedClient:
             running = self.simulation.running()
             if not running:
                 return None
+            address = (
+                self.random.choice(running) if self.gateway is None else self.simulation.nodes[self.gateway]
+            ).address
             made: list[_Connection] = []
 
             def make(channel: Channel) -> _Connection:
@@ -122,7 +126,7 @@ class SimulatedClient:
 
             try:
                 with trio.fail_after(5):
-                    await self._transport.connect(self.random.choice(running).address, make)
+                    await self._transport.connect(address, make)
             except (TransportError, trio.TooSlowError):
                 return None
             self._connection = made[0]
@@ -161,7 +165,7 @@ class SimulatedClient:
             )
             request.data_length = len(request.body)
             with trio.move_on_after(ANSWER_S):
-                await self._attempt(request)
+                await self.attempt(request)
             # Whatever the answer was, or if there was none: what counts is whether the volume has moved on.
             for _ in range(5):
                 working = await self.find_volume(name)

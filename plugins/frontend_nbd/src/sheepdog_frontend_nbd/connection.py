@@ -123,6 +123,8 @@ class Connection:
         if error is not None:
             logger.debug("nbd client %s: %s", self.channel.remote, error)
         self._gone = self._closing = True
+        if self._inflight and self.volume is not None:
+            self.volume.abandon()  # the client may send it again through another sheep, and newer writes after it
         self._out.clear()
         self.decoder.drop()
         self._tell_ended()
