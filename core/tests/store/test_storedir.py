@@ -4,6 +4,8 @@ import errno
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -367,3 +369,22 @@ def test_vnode_number():
         "mismatch specified vnodes is compared with the previous. previous vnodes:200",
         "failed to create sheepdog cluster",
     ]
+
+
+def test_one_file_written_by_several_threads(tmp_path):
+    """Recovery and membership may log the same epoch at the same time: neither fails, and nothing is left over."""
+    storedir = StoreDirectory(str(tmp_path))
+    storedir.prepare()
+    start = threading.Barrier(4)
+
+    def write(time):
+        start.wait()
+        for _ in range(25):
+            storedir.write_epoch(7, EpochRecord((node(7000, 128),), time))
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(write, time) for time in range(4)]:
+            done.result()
+
+    assert storedir.read_epoch(7).time in range(4)
+    assert os.listdir(tmp_path / "epoch") == ["00000007"]

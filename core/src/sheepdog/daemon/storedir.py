@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -118,6 +119,7 @@ class StoreDirectory:
         self._config = os.path.join(base, "config")
         self._node_config = os.path.join(base, "node_config")
         self._lock_fd = -1
+        self._numbers = itertools.count()
 
     # ---- the lock
 
@@ -253,7 +255,7 @@ class StoreDirectory:
             raise ConfigError(f"cannot read {path}: {error.strerror}") from error
 
     def _write(self, path: str, data: bytes) -> None:
-        temporary = path + _TEMPORARY
+        temporary = f"{path}.{next(self._numbers)}{_TEMPORARY}"  # two threads may write the same file
         try:
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, FILE_MODE)
             try:
