@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+
 import anyio
 import pytest
 
 from sheepdog.api import StoreOptions
 from sheepdog.contracts.store import ShardKey
 from sheepdog.daemon import recovery, recovery_fetch
-from sheepdog.errors import ObjectNotFound, SheepdogError, StoreFull
+from sheepdog.daemon.recovery_notes import FileNotes
+from sheepdog.errors import ObjectNotFound, RequestError, SheepdogError, StoreFull
 from sheepdog.model.ids import attribute_oid, data_oid
+from sheepdog.model.vdi_state import VdiState
 from sheepdog_store_plain import sheepdog_object_store
 
 from .data_plane import random_bytes
@@ -223,6 +227,164 @@ async def test_removed_while_a_holder_was_away(make_store, kind):
         assert w.holders(oid) == []
         with pytest.raises(ObjectNotFound):
             await w.sheep[2].objects.read(oid, 0, 512)
+
+
+async def test_removed_before_everybody_restarted(make_store, tmp_path):
+    """What was removed while a node was away stays removed, even if everybody else was killed before it returned."""
+    async with world(3, make_store) as w:
+        first, second = w.sheep[0].node.id, w.sheep[1].node.id
+        candidates = (attribute_oid(VID, number) for number in range(100_000))
+        oid = next(oid for oid in candidates if [node.id for node in w.rings[1].holders(oid, 2)] == [first, second])
+        bases = [tmp_path / f"base{number}" for number in range(3)]
+        for base, plane in zip(bases, w.sheep, strict=True):
+            base.mkdir()
+            plane.recovery._notes = FileNotes(str(base))
+            plane.state.recovery_disabled = True  # so that the epoch is not gathered before the removal
+        await w.sheep[0].objects.create(oid, 0, b"x" * 4096)
+        await w.change(1, 2)
+        await w.sheep[1].objects.remove(oid)
+        for number in (1, 2):
+            w.sheep[number].recovery._notes.close()
+            w.sheep[number].recovery._notes = FileNotes(str(bases[number]))
+        w.restart()
+        for plane in w.sheep:
+            plane.state.recovery_disabled = False
+
+        await w.change(0, 1, 2)
+        await w.recovered()
+
+        assert w.holders(oid) == []
+        with anyio.fail_after(5):
+            while any(plane.recovery._notes.removed for plane in w.sheep):
+                await anyio.sleep(0.01)
+
+
+async def test_fewer_and_more_copies_at_once(make_store):
+    """A holder that was none for a moment, while a volume had fewer copies, does not serve what it missed."""
+    async with world(3, make_store, copies=3) as w:
+        oid = w.object_on(0, 1, 2, copies=3)
+        old, new = random_bytes(1, OBJECT), random_bytes(2, OBJECT)
+
+        def copies(before, after):
+            for plane in w.sheep:
+                plane.state.vdis.put(VdiState(vid=VID, copies=after, block_size_shift=22))
+                plane.recovery.copies_changed(VID, before, after)
+
+        copies(3, 3)
+        await w.sheep[0].objects.create(oid, 0, old)
+        await w.recovered()
+        copies(3, 2)
+        w.put(0, oid, new)  # what a client did then
+        w.put(1, oid, new)
+        copies(2, 3)
+        refused = []
+        w.sheep[2].shards.read(ShardKey(oid), 0, 512, lambda result, data: refused.append(result))
+        await w.recovered()
+
+        assert refused and refused[0] != 0
+        assert [digest(w.content(number, oid)) for number in range(3)] == [digest(new)] * 3
+
+
+async def test_data_of_a_node_without_vnodes(make_store):
+    """A node whose disk is so small beside the others' that nothing belongs there any more hands over what it has."""
+    async with world(3, make_store, copies=2) as w:
+        oid, content = w.object_on(0, 1), random_bytes(1, OBJECT)
+        await w.sheep[0].objects.create(oid, 0, content)
+
+        await w.change(0, 1, 2, storing=(2,))
+        await w.recovered()
+
+        assert w.holders(oid) == [2]
+        assert digest(await w.sheep[0].objects.read(oid, 0, OBJECT)) == digest(content)
+
+
+async def test_full_disk_during_recovery(make_store, monkeypatch):
+    """What finds no space at its new holder stays where it was set aside, is served again once there is space, and only
+    then is cleaned up."""
+    monkeypatch.setattr(recovery, "ROOM_RETRY_S", 0.1)
+    async with world(2, make_store, copies=1) as w:
+        oid, content = w.object_on(0, copies=1), random_bytes(1, OBJECT)
+        await w.sheep[0].objects.create(oid, 0, content)
+        create, store = w.sheep[1].store.create, w.sheep[1].store
+        full, refused = True, []
+
+        def create_if_there_is_space(*args, **options):
+            if full:
+                refused.append(args)
+                raise StoreFull("no space")
+            create(*args, **options)
+
+        store.create = create_if_there_is_space
+        await w.change(0, 1, storing=(1,))
+        with anyio.fail_after(10):
+            while len(refused) < 2:
+                await anyio.sleep(0.01)
+        assert w.holders(oid) == [] and w.stale(0) == [(ShardKey(oid), 1)]
+        assert w.sheep[1].recovery.status().unfinished
+        assert w.sheep[0].recovery.gathered != 2
+
+        full = False
+        with anyio.fail_after(10):
+            while w.stale(0):
+                await anyio.sleep(0.01)
+        assert digest(w.content(1, oid)) == digest(content)
+
+
+async def test_late_purge_spares_what_a_newer_epoch_sets_aside(make_store):
+    """The purge after an epoch may run when the next has begun; what that set aside is needed."""
+    async with world(2, make_store, copies=1) as w:
+        oid, content = w.object_on(0, copies=1), random_bytes(1, OBJECT)
+        await w.sheep[0].objects.create(oid, 0, content)
+        index = w.sheep[0].recovery._index
+        purge, go, called = index.purge, threading.Event(), threading.Event()
+
+        def late(due):
+            called.set()
+            assert go.wait(20)
+            purge(due)
+
+        index.purge = late
+        await w.change(0, 1)
+        with anyio.fail_after(10):
+            while not called.is_set():
+                await anyio.sleep(0.01)
+        searched, found = anyio.Event(), anyio.Event()
+        find = w.sheep[1].recovery.finder.find
+
+        async def slow_find(*args, **options):
+            searched.set()
+            await found.wait()
+            return await find(*args, **options)
+
+        w.sheep[1].recovery.finder.find = slow_find
+        await w.change(0, 1, storing=(1,))
+        with anyio.fail_after(10):
+            await searched.wait()
+            while not w.stale(0):
+                await anyio.sleep(0.01)
+        go.set()
+        await anyio.sleep(0.2)  # for a purge that does not care
+        found.set()
+        await w.recovered()
+
+        assert digest(w.content(1, oid)) == digest(content)
+        with anyio.fail_after(5):
+            while w.stale(0):
+                await anyio.sleep(0.01)
+
+
+async def test_nothing_is_cleaned_up_while_others_recover(make_store):
+    """CLEANUP is refused until everybody has everything."""
+    async with world(2, make_store, copies=1) as w:
+        oid = w.object_on(0, copies=1)
+        await w.sheep[0].objects.create(oid, 0, b"x" * 4096)
+        w.sheep[1].state.recovery_disabled = True
+        await w.change(0, 1, storing=(1,))
+        await w.recovered()
+
+        with pytest.raises(RequestError):
+            await w.sheep[0].recovery.cleanup()
+        assert w.stale(0)
 
 
 async def test_unchanged_copy_is_taken_up_again(make_store):

@@ -85,6 +85,9 @@ class Recovery(Protocol):
         :param lifted: a new epoch began, so completion must be announced.
         """
 
+    def copies_changed(self, vid: int, before: int, after: int) -> None:
+        """A volume has another number of copies, which recovery brings about."""
+
     async def retire_all(self, epoch: int) -> None:
         """Every live shard of this sheep is in the stale area of ``epoch``: it may be outdated."""
 

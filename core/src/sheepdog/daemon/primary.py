@@ -211,7 +211,7 @@ class Primary:
         self._former.append(ring)
         if len(self._former) > FORMER_MAX:
             self._former = [Ring(())]
-        self._behind = dict.fromkeys(node.id for node in self._ring.storage if node.id != state.me.id)
+        self._behind = dict.fromkeys(node.id for node in self._ring.with_disks if node.id != state.me.id)
         self._ask_behind()
 
     def _served_elsewhere(self, oid: int, placement: Placement) -> bool:

@@ -136,7 +136,6 @@ class Recovery:
         self._missing: dict[ShardKey, None] = {}  # looked for in vain, though they should exist
         self._total = 0
         self._fetching: dict[ShardKey, list[Fetched]] = {}
-        self._removed: dict[int, int] = {}  # oid -> the epoch it was removed in; since everything was gathered
         self._mended: set[int] = set()  # objects whose strips are whole in the present epoch
         self._mended_epoch = 0
         self._complete: dict[int, set[NodeId]] = {}
@@ -180,6 +179,12 @@ class Recovery:
             return RecoveryStatus(unfinished=True)
         return RecoveryStatus(True, self._phase, self._total - len(self._todo), self._total, unfinished=True)
 
+    def copies_changed(self, vid: int, before: int, after: int) -> None:
+        """The volume has another number of copies now."""
+        if after < before and self._aside is not None:
+            self._aside.add((vid, after))
+        self.membership_changed(self._state.ring, False)
+
     def membership_changed(self, old_ring: Ring, lifted: bool) -> None:
         """Recovery towards the present ring starts, or the running one is replaced."""
         state = self._state
@@ -205,6 +210,7 @@ class Recovery:
         noted = self._notes.progress
         if noted.ctime != state.ctime:
             self._progress = self._notes.progress = Progress(ctime=state.ctime, disabled=state.recovery_disabled)
+            self._notes.forget_removals()
         else:
             self._progress = noted
             if noted.retired and not self._fresh and self._aside is not None:
@@ -228,6 +234,9 @@ class Recovery:
                     return
                 except StoreDeviceError as error:
                     await self._disk_failed(error)
+                except SheepdogError as error:
+                    logger.warning("setting aside has to be tried again: %s", error)
+                    await anyio.sleep(RETRY_S)
 
     def enabled_changed(self) -> None:
         """Recovery was switched on or off for the whole cluster."""
@@ -243,19 +252,19 @@ class Recovery:
         if epoch != state.epoch or not done.issuperset(member.id for member in state.ring.nodes):
             return
         self._complete = {}
-        self._removed = {}
+        self._notes.forget_removals()
         logger.info("all nodes are recovered, epoch %d", epoch)
         self._progress.gathered = epoch
         self.unsettled.trust()
         if self._shards is not None and not self._active:
-            self._spawn(self._purge)
+            self._purge_soon()
         self._save_soon()
 
     def reset(self) -> None:
         """The cluster was formatted."""
         self._started = self._fresh = True
         self._complete = {}
-        self._removed = {}
+        self._notes.forget_removals()
         self._missing = {}
         self._pending = None
         self._active = False
@@ -273,15 +282,19 @@ class Recovery:
     async def cleanup(self) -> None:
         """The stale area is empty.
 
-        :raises RequestError: NODE_IN_RECOVERY.
+        :raises RequestError: NODE_IN_RECOVERY; some node may still need what is set aside here.
         """
-        if self._active or self._missing:
-            raise RequestError("this node is recovering", result=Result.NODE_IN_RECOVERY)
-        await self._purge()
+        if self._active or self._missing or self._progress.gathered != self._state.epoch:
+            raise RequestError("the cluster is recovering", result=Result.NODE_IN_RECOVERY)
+        await self._purge(self._generation)
 
-    async def _purge(self) -> None:
+    def _purge_soon(self) -> None:
+        self._spawn(self._purge, self._generation)
+
+    async def _purge(self, generation: int) -> None:
+        """What was set aside goes, unless another change has begun since: it sets aside what must not go yet."""
         if self._shards is not None:
-            await self._executor.run(self._index.purge)
+            await self._executor.run(lambda: self._index.purge(lambda: self._generation == generation))
 
     def _save_soon(self) -> None:
         self._spawn(self._save)
@@ -379,7 +392,7 @@ class Recovery:
                 answer(result, None, b"")
                 return
             view, count, version = found
-            variant = VERSION.pack(version, self._progress.lossy, self._removed.get(key.oid, 0))
+            variant = VERSION.pack(version, self._progress.lossy, self._notes.removed.get(key.oid, 0))
             if count < 0:
                 answer(Result.NO_OBJ, None, variant)
             else:
@@ -398,20 +411,20 @@ class Recovery:
     def _shard_removed(self, key: ShardKey) -> None:
         """A removal is about to be made: older versions of the object must not come back."""
         if self._progress.gathered != self._state.epoch or self._active:
-            self._removed[key.oid] = self._state.epoch
+            self._notes.note_removal(key.oid, self._state.epoch)
         self._todo.pop(key, None)
 
     def _shard_created(self, key: ShardKey) -> None:
-        if self._removed:
-            self._removed.pop(key.oid, None)
+        if key.oid in self._notes.removed:
+            self._notes.forget_removal(key.oid)
 
     def removed_here(self, oid: int) -> bool:
         """The object was removed from here in this epoch."""
-        return self._removed.get(oid, 0) >= self._state.epoch
+        return self._notes.removed.get(oid, 0) >= self._state.epoch
 
     async def wanted(self, oid: int, version: int) -> bool:
         """Whether what was found may be live again: it was not removed since, and some volume uses it."""
-        if self._removed.get(oid, 0) >= min(version, self._state.epoch):
+        if self._notes.removed.get(oid, 0) >= min(version, self._state.epoch):
             return False
         return version == LIVE or await self.wanted_objects.referenced(oid)
 
@@ -430,6 +443,9 @@ class Recovery:
             with self._outbox:
                 self._no_room += result == Result.NO_SPACE
                 if result not in _AGAIN:
+                    if result and result != Result.NO_OBJ:
+                        # It exists and is not here: nobody may clean up yet.
+                        self._missing[key] = None
                     self._todo.pop(key, None)
                     if not self._todo:
                         self._wake.set()
@@ -662,7 +678,7 @@ class Recovery:
         self._active = False
         self.wildcard = False
         if self._progress.gathered == self._state.epoch and not self._missing:
-            await self._purge()
+            self._purge_soon()
         return True
 
     async def _settled(self) -> bool:

@@ -58,6 +58,7 @@ class StaleIndex:
         """:param store: the store in use."""
         self._store = store
         self._lock = threading.Lock()
+        self._moving = threading.Lock()  # held while something is set aside, and while all of it is purged
         self._epochs: dict[ShardKey, set[int]] | None = None
 
     def newest(self, key: ShardKey) -> int:
@@ -84,22 +85,26 @@ class StaleIndex:
 
     def retire(self, key: ShardKey, epoch: int) -> None:
         """The live shard is set aside; nobody finds it missing in between. A missing one is none of our business."""
-        with self._lock:
-            self._all().setdefault(key, set()).add(epoch)
-        try:
-            self._store().retire(key, epoch)
-        except ObjectNotFound:
+        with self._moving:
             with self._lock:
-                epochs = self._all().get(key, set())
-                epochs.discard(epoch)
-                if not epochs:
-                    self._all().pop(key, None)
+                self._all().setdefault(key, set()).add(epoch)
+            try:
+                self._store().retire(key, epoch)
+            except ObjectNotFound:
+                with self._lock:
+                    epochs = self._all().get(key, set())
+                    epochs.discard(epoch)
+                    if not epochs:
+                        self._all().pop(key, None)
 
-    def purge(self) -> None:
-        """No set-aside version is left."""
-        with self._lock:
-            self._epochs = {}
-        self._store().purge_stale()
+    def purge(self, due: Callable[[], bool]) -> None:
+        """No set-aside version is left, if ``due()``. What a newer epoch sets aside waits until this is over."""
+        with self._moving:
+            if not due():
+                return
+            with self._lock:
+                self._epochs = {}
+            self._store().purge_stale()
 
     def forget(self) -> None:
         """The disks changed: the next question looks."""
@@ -217,7 +222,7 @@ class Finder:
         state = self._state
         epoch = state.epoch
         replica = placement.scheme.identical
-        present = {node.id for node in state.ring.storage}
+        present = {node.id for node in state.ring.with_disks}
         found = Found()
         newest: dict[tuple[NodeId, int], _Answer] = {}  # of those that had nothing for a younger epoch
         trouble: TransportError | None = None
@@ -274,7 +279,7 @@ class Finder:
         """The newest version of a shard that any member has, whatever newer ones may have been lost."""
         key = ShardKey(oid, index)
         best: tuple[int, NodeId] | None = None
-        for node in self._state.ring.storage:
+        for node in self._state.ring.with_disks:
             try:
                 answer = await self.ask(node.id, key, placement, 1, length=0)
             except TransportError:

@@ -45,7 +45,7 @@ class Lister:
             lists.append(await self._list(node))
 
         async with anyio.create_task_group() as tasks:
-            for node in self._state.ring.storage:
+            for node in self._state.ring.with_disks:
                 if node.id != self._state.me.id:
                     tasks.start_soon(ask, node.id)
         oids: set[int] = set()
@@ -81,7 +81,7 @@ class Lister:
     async def gathered(self) -> int:
         """The newest epoch of which another member knows that everybody had everything."""
         newest = 0
-        for node in self._state.ring.storage:
+        for node in self._state.ring.with_disks:
             if node.id == self._state.me.id:
                 continue
             response = await self._finder.send(

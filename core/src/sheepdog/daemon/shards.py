@@ -168,9 +168,11 @@ class Shards:
     def remove(self, key: ShardKey, done: Done) -> None:
         """The shard is gone; NO_OBJ if there was none."""
         self.removed(key)
-        store, durable = self.store, self.durable
+        store, durable, before_flush = self.store, self.durable, self.before_flush
 
         def work() -> None:
+            if durable:
+                before_flush()  # should the removal last and the note of it not, somebody's old copy could come back
             store.remove(key)
             if durable:
                 store.sync((key,))

@@ -388,15 +388,16 @@ class Vdis:
     async def _apply_altered(self, fields: Fields, sender: NodeId) -> None:
         vid = _vid(fields, "vid")
         known = self.state.vdis.get(vid) or VdiState(vid=vid)
+        copies = messages.integer(fields, "copies")
         self.state.vdis.put(
             replace(
                 known,
-                copies=messages.integer(fields, "copies"),
+                copies=copies,
                 copy_policy=0,
                 block_size_shift=messages.integer(fields, "shift") or known.block_size_shift,
             )
         )
-        self._backend.recovery.membership_changed(self.state.ring, False)
+        self._backend.recovery.copies_changed(vid, known.copies or self.state.copies, copies)
 
     def _retire(self, vid: int) -> None:
         known = self.state.vdis.get(vid)

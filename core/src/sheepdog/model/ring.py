@@ -37,12 +37,14 @@ def _node_positions(identity: bytes, count: int) -> tuple[int, ...]:
 class Ring:
     """The placement of one epoch. Immutable."""
 
-    __slots__ = ("_caches", "_owners", "_walks", "nodes", "positions", "storage", "zones")
+    __slots__ = ("_caches", "_owners", "_walks", "nodes", "positions", "storage", "with_disks", "zones")
 
     nodes: tuple[Node, ...]
     """All members in order of (address, port), gateways included."""
     storage: tuple[Node, ...]
     """The members that store objects."""
+    with_disks: tuple[Node, ...]
+    """Those, and members that may have stored some before: a disk that is small beside the mean rounds to no vnodes."""
     zones: int
     """Distinct zones among ``storage``, at most 31: the most holders an object can have."""
     positions: tuple[int, ...]
@@ -51,6 +53,7 @@ class Ring:
     def __init__(self, nodes: Iterable[Node]) -> None:
         self.nodes = tuple(sorted(nodes, key=lambda node: node.id))
         self.storage = tuple(node for node in self.nodes if node.vnodes > 0)
+        self.with_disks = tuple(node for node in self.nodes if node.vnodes > 0 or node.space > 0)
         self.zones = min(len({node.zone for node in self.storage}), ZONES_MAX)
         owners: dict[int, Node] = {}
         for node in self.storage:

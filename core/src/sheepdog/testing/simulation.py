@@ -35,6 +35,7 @@ import trio.testing
 from sheepdog.builtin.copies import sheepdog_redundancy
 from sheepdog.contracts.services import Services
 from sheepdog.contracts.store import REPLICA, ShardKey, StoreOptions
+from sheepdog.contracts.transport import Accept, Address, Channel, Listener, Transport
 from sheepdog.daemon.config import SheepConfig
 from sheepdog.daemon.recovery_notes import Notes, Progress
 from sheepdog.daemon.sheep import Sheep, SheepParts
@@ -180,18 +181,43 @@ class SimulatedNotes(Notes):
         super().__init__()
         self._saved = Progress()
         self._safe = [dict(half) for half in self._halves]
+        self._safe_removed: dict[int, int] = {}
 
     def save(self) -> None:
         self._saved = replace(self.progress)
 
     def flush(self) -> None:
         self._safe = [dict(half) for half in self._halves]
+        self._safe_removed = dict(self.removed)
 
     def ended(self, *, power: bool) -> None:
         """The process that made the notes is gone; with ``power``, so is what was not flushed."""
         self.progress = replace(self._saved)
         if power:
             self._halves = [dict(half) for half in self._safe]
+            self.removed = dict(self._safe_removed)
+
+
+class _TwoNetworks(Transport):
+    """What a machine with two interfaces uses: the second for whatever has an address there."""
+
+    def __init__(self, main: Transport, second: Transport, second_host: str) -> None:
+        self._main = main
+        self._second = second
+        self._prefix = second_host.rpartition(".")[0]
+
+    def _of(self, address: Address) -> Transport:
+        return self._second if address.startswith(self._prefix) else self._main
+
+    async def connect(self, address: Address, make_receiver: Accept) -> Channel:
+        return await self._of(address).connect(address, make_receiver)
+
+    async def listen(self, address: Address, accept: Accept) -> Listener:
+        return await self._of(address).listen(address, accept)
+
+    async def aclose(self) -> None:
+        await self._main.aclose()
+        await self._second.aclose()
 
 
 class SimulatedSheep:
@@ -201,7 +227,11 @@ class SimulatedSheep:
         self.simulation = simulation
         self.number = number
         self.host = f"10.0.0.{number + 1}"
-        self.node = Node(NodeId.of(self.host, PORT), 128, number, NODE_SPACE)
+        self.io_host = f"10.1.0.{number + 1}"  # on the second network, if there is one
+        identity = NodeId.of(self.host, PORT)
+        if simulation.second_network:
+            identity = NodeId.of(self.host, PORT, self.io_host, PORT)
+        self.node = Node(identity, 128, number, NODE_SPACE)
         self.medium = MemoryMedium()
         self.storedir = SimulatedStoreDirectory()
         self.notes = SimulatedNotes()
@@ -228,7 +258,12 @@ class SimulatedSheep:
         simulation = self.simulation
         rng = simulation.fork_random()
         executor = SimulatedExecutor(simulation.network.timers, simulation.fork_random())
-        services = Services(SimulatedClock(), rng, executor, simulation.network.transport(self.host))
+        transport: Transport = simulation.network.transport(self.host)
+        listen: tuple[str, ...] = (self.address,)
+        if simulation.second_network:
+            transport = _TwoNetworks(transport, simulation.network.transport(self.io_host), self.io_host)
+            listen = (self.address, f"{self.io_host}:{PORT}")
+        services = Services(SimulatedClock(), rng, executor, transport)
         parts = SheepParts(
             services=services,
             driver=simulation.cluster.driver(),
@@ -238,7 +273,7 @@ class SimulatedSheep:
             store_names=("plain",),
             make_store=lambda name: self.open_store(),
             redundancies=(sheepdog_redundancy(),),
-            listen=(self.address,),
+            listen=listen,
             notes=self.notes,
         )
         config = SheepConfig(base="/simulated", disks=(DISK,), nosync=simulation.nosync)
@@ -271,6 +306,7 @@ class SimulatedSheep:
         simulation.trace(f"kill {self.number}{' (power)' if power else ''}")
         self._executor.dead = True
         simulation.network.kill(self.host)
+        simulation.network.kill(self.io_host)
         if any(node.id == self.node.id for node in simulation.cluster.view):
             simulation.cluster.kill(self.node.id)
         self._scope.cancel()
@@ -287,12 +323,14 @@ class Simulation:
     :param latency_s: of each write on the network.
     :param tear: probability that a delivery is torn.
     :param nosync: sheep run with ``-n``.
+    :param second_network: sheep have a second interface for their traffic among each other (``-i``).
     """
 
     def __init__(
         self,
         seed: int,
         *,
+        second_network: bool = False,
         latency_s: tuple[float, float] = (0.0001, 0.003),
         tear: float = 0.05,
         cluster_delay_s: float = 0.01,
@@ -303,6 +341,7 @@ class Simulation:
         self.network = MemoryNetwork(self.fork_random(), latency_s=latency_s, tear=tear)
         self.cluster = MemoryCluster(seed=self.random.getrandbits(32), delay_s_max=cluster_delay_s)
         self.nosync = nosync
+        self.second_network = second_network
         self.nodes: list[SimulatedSheep] = []
         self.clients: list[SimulatedClient] = []
         self.history: list[tuple[float, str]] = []

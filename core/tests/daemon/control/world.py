@@ -219,6 +219,9 @@ class Recorder:
     def status(self):
         return RecoveryStatus(in_recovery=self.running)
 
+    def copies_changed(self, vid, before, after):
+        self.changes.append((False, 0))
+
     def membership_changed(self, old_ring, lifted):
         self.changes.append((lifted, len(old_ring.nodes)))
 
