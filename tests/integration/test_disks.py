@@ -180,3 +180,68 @@ def test_full_disk(fresh_cluster: Start, small_disk: Path) -> None:
     fresh = pattern(3, 4 * MiB)
     write(cluster, "c", 0, fresh)
     same_everywhere(cluster, {**contents, "c": fresh})
+
+
+def weigh(directory: Path, size: int) -> None:
+    """A disk that is used for the first time later counts as one of that size."""
+    directory.mkdir(parents=True, exist_ok=True)
+    os.setxattr(directory, "user.md.size", size.to_bytes(8, "little"))
+
+
+def test_no_recovery_that_would_overfill(fresh_cluster: Start) -> None:
+    """Formatted with -F, the cluster does not rebuild what the nodes that are left have no space for; everything can be
+    read and written, and when a node joins again all copies are made (MD-14)."""
+    cluster = fresh_cluster(3)
+    for index in range(3):
+        cluster.kill(index)
+        shutil.rmtree(cluster.sheep[index].directory)
+        weigh(cluster.sheep[index].directory / "obj", 29 * MiB)
+    for index in range(3):
+        cluster.restart(index, wait=False)
+    cluster.wait_members()
+    cluster.dog("cluster", "format", "-c", "2", "-z", "20", "-F")
+    content = bytearray(fill(cluster, "f", 14, size=30 * MiB))
+    before = copies_by_object(cluster, (0, 1))
+    assert any(len(holders) == 1 for holders in before.values())
+    cluster.kill(2)
+    cluster.wait_recovered()
+
+    assert "recovery is not started" in cluster.sheep[0].log_tail() + cluster.sheep[1].log_tail()
+    same_everywhere(cluster, {"f": bytes(content)})
+    content[: 2 * MiB] = pattern(15, 2 * MiB)
+    write(cluster, "f", 0, bytes(content[: 2 * MiB]))
+    after = copies_by_object(cluster, (0, 1))
+    assert any(len(holders) == 1 for holders in after.values())
+    cluster.restart(2)
+    complete(cluster, "f", bytes(content))
+    assert all(len(holders) == 2 for holders in copies_by_object(cluster, (0, 1, 2)).values())
+
+
+def copies_by_object(cluster: SheepCluster, members: tuple[int, ...]) -> dict[int, set[int]]:
+    """Which of these sheep have each data object."""
+    found: dict[int, set[int]] = {}
+    for index in members:
+        for oid, _ in shards(cluster, index):
+            if is_data(oid):
+                found.setdefault(oid, set()).add(index)
+    return found
+
+
+def test_bigger_disk_lost_with_strips(fresh_cluster: Start) -> None:
+    """A node of an erasure-coded cluster that loses the bigger of its two disks costs nobody a read, before and after
+    its strips are rebuilt on the smaller one (MD-8)."""
+    cluster = fresh_cluster(4, redundancy="2:1")
+    cluster.dog("cluster", "format", "-c", "2:1")
+    big = cluster.base / "disk1big"
+    weigh(big, 1 << 40)
+    cluster.dog("node", "md", "plug", str(big), input=b"yes\n", node=1)
+    content = fill(cluster, "md8", 8, size=24 * MiB)
+    cluster.wait_recovered()
+    own, lost = str(cluster.sheep[1].directory), str(big)
+    assert [path for path in shards(cluster, 1).values() if path.startswith(lost)]
+
+    shutil.rmtree(big)
+    same_everywhere(cluster, {"md8": content})
+    complete(cluster, "md8", content)
+    assert paths(cluster, 1) == [f"{own}/obj"]
+    assert [path for (oid, _), path in shards(cluster, 1).items() if is_data(oid)]

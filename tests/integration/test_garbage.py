@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
 from collections.abc import Callable
 
 import pytest
@@ -25,7 +27,7 @@ from scenes import (
 from sheepdog.client.volume import delete_vdi
 from sheepdog.model.ids import data_oid, inode_oid, is_ledger
 from sheepdog.model.inode import map_offset
-from sheepdog.testing.cluster import SheepCluster, wait_until
+from sheepdog.testing.cluster import HOST, SheepCluster, run_python, wait_until
 from sheepdog.wire.opcodes import Op
 
 pytestmark = [pytest.mark.processes, pytest.mark.matrix, pytest.mark.timeout(180)]
@@ -246,3 +248,38 @@ def test_discard_of_a_shared_object(cluster: SheepCluster) -> None:
     assert read(cluster, "shared", 0, 2 * MiB) == bytes(MiB) + data[MiB:]
     cluster.dog("vdi", "delete", "shared")
     wait_stored(cluster, {})
+
+
+def test_restart_in_the_middle_of_a_deletion(fresh_cluster: Callable[..., SheepCluster]) -> None:
+    """GC-6: when every sheep is killed while a volume is deleted in batches, deleting it again completes that."""
+    cluster = fresh_cluster(3, driver="local", store="plain", redundancy=str(COPIES))
+    cluster.format("-z", "20")
+    for name in ("stays", "goes"):
+        cluster.dog("vdi", "create", "-P", name, "24M")
+        write(cluster, name, 0, pattern(len(name), 24 * MiB))
+    vid = vid_of_name(cluster, "goes")
+    environment = {**os.environ, "SHEEPDOG_DOG_ADDR": HOST, "SHEEPDOG_DOG_PORT": str(cluster.sheep[0].port)}
+    dog = subprocess.Popen(
+        run_python("sheepdog_cli.dog", "vdi", "delete", "-B", "1", "-I", "1000", "goes"),
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        wait_until(lambda: 0 < len(stored(cluster, only([vid]))) < 24, "some objects to be gone")
+        for index in range(3):
+            cluster.pause(index)
+        for index in range(3):
+            cluster.kill(index)
+        assert dog.wait(60) != 0
+    finally:
+        dog.kill()
+        dog.wait()
+    for index in range(3):
+        cluster.restart(index, wait=False)
+    cluster.wait_recovered()
+    assert stored(cluster, only([vid])), "the deletion was interrupted"
+
+    cluster.dog("vdi", "delete", "goes")
+
+    wait_stored(cluster, dict.fromkeys(referenced(live_inodes(cluster)), COPIES))
+    assert not stored(cluster, only([vid]))
+    assert read_all(cluster, "stays") == pattern(5, 24 * MiB)

@@ -13,6 +13,7 @@ from recovery_scenes import (
     fill,
     in_place,
     info,
+    nodes,
     same_everywhere,
     status,
     wait_status,
@@ -20,7 +21,7 @@ from recovery_scenes import (
 )
 from scenes import most_may_die
 
-from sheepdog.testing.cluster import SheepCluster
+from sheepdog.testing.cluster import SheepCluster, wait_until
 
 pytestmark = [pytest.mark.processes, pytest.mark.matrix, pytest.mark.timeout(150)]
 
@@ -282,5 +283,53 @@ def test_random_history(fresh_cluster: Start) -> None:
     cluster.wait_recovered()
 
     all_agree(cluster)
+    same_everywhere(cluster, contents)
+    in_place(cluster, 2)
+
+
+def test_format_race(fresh_cluster: Start) -> None:
+    """A format that is tried again and again while six sheep start takes all of them in (MEM-8)."""
+    cluster = fresh_cluster(6)
+    for index in range(6):
+        cluster.kill(index)
+        wipe(cluster, index)
+    for index in range(6):
+        cluster.restart(index, wait=False)
+    wait_until(
+        lambda: cluster.dog("cluster", "format", "-c", "2", node=0, check=False).returncode == 0, "a format to succeed"
+    )
+
+    cluster.wait_recovered()
+    all_agree(cluster)
+    for index in range(6):
+        assert "running" in status(cluster, index)
+        assert len(nodes(cluster, index)) == 6
+    same_everywhere(cluster, {"a": fill(cluster, "a", 8, size=4 * MiB, node=5)})
+
+
+def test_identity_is_the_address(fresh_cluster: Start) -> None:
+    """Stores that are started under another address wait for the nodes of the log; under their own they serve again
+    (MEM-18)."""
+    own = ("-b", "0.0.0.0", "-y", "127.0.0.2")
+    cluster = fresh_cluster(3, options=own)
+    cluster.dog("cluster", "format", "-c", "2")
+    contents = {"a": fill(cluster, "a", 18, size=8 * MiB)}
+    shutdown(cluster)
+
+    cluster.options = ()
+    for index in range(3):
+        cluster.restart(index, wait=False)
+    for index in range(3):
+        wait_status(cluster, index, WAITING)
+    cluster.wait_members()
+    assert WAITING in status(cluster, 0)
+    for index in range(3):
+        assert cluster.stop(index) == 0
+    cluster.options = own
+    for index in range(3):
+        cluster.restart(index, wait=False)
+    for index in range(3):
+        wait_status(cluster, index, "running")
+
     same_everywhere(cluster, contents)
     in_place(cluster, 2)
