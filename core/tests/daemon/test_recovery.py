@@ -550,7 +550,8 @@ async def test_second_change_during_recovery(make_store):
             assert {w.content(number, oid) for number in have} == {content}
 
 
-async def test_lost_disk_is_no_proof(make_store):
+@pytest.mark.parametrize("when", ["while it ran", "while it was down"])
+async def test_lost_disk_is_no_proof(make_store, when):
     """A copy that is missing because its disk went does not prove that an older version elsewhere is the newest."""
     async with world(3, make_store) as w:
         oid = w.object_on(0, 1)
@@ -559,7 +560,12 @@ async def test_lost_disk_is_no_proof(make_store):
         await w.sheep[0].objects.create(oid, 0, random_bytes(2, OBJECT))
         await left_behind(w, 2, oid, old)
         w.sheep[0].store.remove(ShardKey(oid))
-        w.sheep[0].recovery._progress.lossy = 2
+        if when == "while it ran":
+            w.sheep[0].recovery._progress.lossy = 2
+        else:
+            w.sheep[0].recovery._progress.disks.append("/pulled/out")
+            w.sheep[0].recovery._notes.progress = w.sheep[0].recovery._progress
+            w.sheep[0].recovery._started = False
 
         await w.change(0, 2)
         await w.recovered()

@@ -264,7 +264,7 @@ def test_marks_outlive_their_change(tmp_path, make):
 def test_files_survive_the_process(tmp_path):
     """Marks and progress are found by the next process without any orderly end."""
     notes = FileNotes(str(tmp_path))
-    notes.progress = Progress(ctime=5, gathered=3, retired=4, lossy=1, disabled=True)
+    notes.progress = Progress(ctime=5, gathered=3, retired=4, lossy=1, disabled=True, disks=["/a", "/b c"])
     notes.save()
     notes.mark(0x80AA)
     notes.turn([0x80AA, 0x11])
@@ -277,7 +277,7 @@ def test_files_survive_the_process(tmp_path):
     assert again.recall() == [0x11, 0x22, 0x80AA]
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b'{"gathered": "x"}', b"\xff\xfe"])
+@pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b'{"gathered": "x"}', b'{"disks": [1]}', b"\xff\xfe"])
 def test_damaged_state_is_no_state(tmp_path, damage):
     """A damaged file is taken for none: recovery then searches more and trusts less."""
     (tmp_path / "recovery.state").write_bytes(damage)

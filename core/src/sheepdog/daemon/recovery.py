@@ -35,10 +35,11 @@ from sheepdog.daemon.outbox import Outbox
 from sheepdog.daemon.peers import PeerPool
 from sheepdog.daemon.placement import Placement, Placer
 from sheepdog.daemon.recovery_aside import Aside
-from sheepdog.daemon.recovery_fetch import LIVE, VERSION, Finder, Found, RingOf, StaleIndex, VersionReader
+from sheepdog.daemon.recovery_fetch import LIVE, Finder, Found, RingOf, StaleIndex, VersionReader
 from sheepdog.daemon.recovery_list import LIST_RETRY_S, Lister
 from sheepdog.daemon.recovery_notes import Notes, Progress
 from sheepdog.daemon.recovery_pace import Pace
+from sheepdog.daemon.recovery_serve import VersionServer
 from sheepdog.daemon.recovery_settle import Mender, digest_at
 from sheepdog.daemon.recovery_wanted import Wanted
 from sheepdog.daemon.shards import Shards
@@ -49,8 +50,6 @@ from sheepdog.model.ids import is_data, is_sparse
 from sheepdog.model.node import NodeId
 from sheepdog.model.ring import Ring
 from sheepdog.wire.extensions import SETTLE
-from sheepdog.wire.header import Request
-from sheepdog.wire.opcodes import Flag
 from sheepdog.wire.results import Result
 
 if TYPE_CHECKING:
@@ -105,9 +104,12 @@ class Recovery:
         self._delay_s = delay_s
         self._index = StaleIndex(self._store)
         reader = VersionReader(self._store, self._index) if shards is not None else None
-        self._reader = reader
+        answers = VersionServer(
+            state, shards, reader, lambda: self._progress, lambda oid: self._notes.removed.get(oid, 0)
+        )
+        self.serve, self.point = answers.serve, answers.point
         self.requests: Callable[[], int] = int  # of clients and other sheep, so far
-        self.pace = Pace(clock, lambda: self.requests() - self._served)
+        self.pace = Pace(clock, lambda: self.requests() - answers.served)
         self.throttle, self.set_throttle = self.pace.throttle, self.pace.set_throttle
         self.finder = Finder(state, peers, executor, outbox, reader, lambda: self._progress.lossy, self.pace.breath)
         self.wanted_objects = Wanted(state, outbox)
@@ -139,7 +141,6 @@ class Recovery:
         self._mended: set[int] = set()  # objects whose strips are whole in the present epoch
         self._mended_epoch = 0
         self._complete: dict[int, set[NodeId]] = {}
-        self._served = 0  # requests of other sheep that recover
 
     @property
     def gateway(self) -> Gateway | None:
@@ -211,11 +212,13 @@ class Recovery:
         if noted.ctime != state.ctime:
             self._progress = self._notes.progress = Progress(ctime=state.ctime, disabled=state.recovery_disabled)
             self._notes.forget_removals()
+            self._look_for_disks()
         else:
             self._progress = noted
             if noted.retired and not self._fresh and self._aside is not None:
                 # Epochs may have begun that this sheep did not live to act upon.
                 self._aside.missed(range(noted.retired + 1, state.epoch))
+            self._look_for_disks()
             if not self._fresh:
                 marked = self._notes.recall()
                 self.unsettled.be_cautious(marked)
@@ -277,6 +280,7 @@ class Recovery:
         if self._aside is not None:
             self._aside.clear()
         self._progress = self._notes.progress = Progress(ctime=self._state.ctime, gathered=1, retired=1)
+        self._look_for_disks()
         self._save_soon()
 
     async def cleanup(self) -> None:
@@ -297,12 +301,21 @@ class Recovery:
             await self._executor.run(lambda: self._index.purge(lambda: self._generation == generation))
 
     def _save_soon(self) -> None:
-        self._spawn(self._save)
-
-    async def _save(self) -> None:
-        await self._executor.run(self._notes.save)
+        self._spawn(self._executor.run, self._notes.save)
 
     # ---- disks
+
+    def _look_for_disks(self) -> None:
+        """Without a disk that an earlier process had, that something is missing here proves nothing."""
+        progress = self._progress
+        disks = [disk.path for disk in self._store().disks()] if self._shards is not None else []
+        gone = sorted(set(progress.disks).difference(disks))
+        if gone:
+            logger.warning("disks that were in use are not there any more: %s", ", ".join(gone))
+            progress.lossy = self._state.epoch
+        if disks != progress.disks:
+            progress.disks = disks
+            self._save_soon()
 
     def lost_disk(self) -> None:
         """A disk and what was on it is gone: that something is missing here proves nothing about the epochs so far."""
@@ -312,6 +325,7 @@ class Recovery:
 
     def disks_changed(self) -> None:
         """Objects are to be looked for anew."""
+        self._look_for_disks()
         self._index.forget()
         self.membership_changed(self._state.ring, False)
 
@@ -367,44 +381,6 @@ class Recovery:
             self._peers.link(placement.primary).object_request(
                 SETTLE, self._state.epoch, oid, lambda response: done(response.result)
             )
-
-    def serve(self, key: ShardKey, request: Request, answer: Callable[[int, Any, bytes], None]) -> None:
-        """Another sheep recovers: our live version, else a set-aside one of the epoch it asks for, or newer.
-
-        The range that was asked for is answered, shorter at the end of the object, and which version it is.
-        """
-        shards, reader = self._shards, self._reader
-        assert shards is not None and reader is not None, "asked of a sheep with a store"
-        if shards.gate is not None and shards.gate(key):
-            answer(Result.NETWORK_ERROR, None, b"")
-            return
-        self._served += 1
-        epoch = 1 if request.flags & Flag.WILDCARD else request.tgt_epoch
-        offset, length = request.offset, request.data_length
-
-        def work() -> tuple[memoryview, int, int]:
-            view = memoryview(bytearray(length))
-            count, version = reader.read(key, epoch, view, offset)
-            return view, count, version
-
-        def done(result: int, found: Any) -> None:  # Any: what work() returns
-            if result:
-                answer(result, None, b"")
-                return
-            view, count, version = found
-            variant = VERSION.pack(version, self._progress.lossy, self._notes.removed.get(key.oid, 0))
-            if count < 0:
-                answer(Result.NO_OBJ, None, variant)
-            else:
-                answer(0, view[:count], variant)
-
-        shards.submit(work, done)
-
-    def point(self, request: Request) -> tuple[int, bytes]:
-        """RECOVERY_POINT: result and variant of the answer, which tells the last epoch gathered."""
-        if self._progress.ctime != self._state.ctime:
-            return Result.NO_OBJ, b""
-        return 0, VERSION.pack(self._progress.gathered, 0, 0)
 
     # ---- removals
 
@@ -590,7 +566,7 @@ class Recovery:
         checked = await aside.check(lifted)
         if checked > self._progress.retired:
             self._progress.retired = checked
-            await self._save()
+            await self._executor.run(self._notes.save)
         if self._replaced():
             return True
         wanted = await self._lister.others()

@@ -25,7 +25,7 @@ import os
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from struct import Struct
 
@@ -51,6 +51,7 @@ class Progress:
     :param retired: every object that does not belong here in an epoch up to this one was set aside.
     :param lossy: up to this epoch something may be missing here that was stored here: a disk went.
     :param disabled: recovery is switched off for the cluster.
+    :param disks: the directories that objects were stored in: without one of them, something may be missing.
     """
 
     ctime: int = 0
@@ -58,6 +59,7 @@ class Progress:
     retired: int = 0
     lossy: int = 0
     disabled: bool = False
+    disks: list[str] = field(default_factory=list)
 
 
 class Notes:
@@ -133,10 +135,13 @@ class FileNotes(Notes):
         with open(self._path, encoding="ascii") as file:
             try:
                 found = json.load(file)
-                known = {field.name: found[field.name] for field in fields(Progress) if field.name in found}
+                known = {row.name: found[row.name] for row in fields(Progress) if row.name in found}
+                disks = known.pop("disks", [])
                 if not all(isinstance(value, int) for value in known.values()):
                     raise ValueError("not a number")
-                self.progress = Progress(**known)
+                if not (isinstance(disks, list) and all(isinstance(path, str) for path in disks)):
+                    raise ValueError("not a list of disks")
+                self.progress = Progress(**known, disks=disks)
             except (ValueError, TypeError) as error:
                 logger.warning("%s is ignored: %s", self._path, error)
 

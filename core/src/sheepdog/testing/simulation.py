@@ -184,7 +184,7 @@ class SimulatedNotes(Notes):
         self._safe_removed: dict[int, int] = {}
 
     def save(self) -> None:
-        self._saved = replace(self.progress)
+        self._saved = replace(self.progress, disks=list(self.progress.disks))
 
     def flush(self) -> None:
         self._safe = [dict(half) for half in self._halves]
