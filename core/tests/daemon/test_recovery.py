@@ -14,6 +14,8 @@ from sheepdog.daemon.recovery_notes import FileNotes
 from sheepdog.errors import ObjectNotFound, RequestError, SheepdogError, StoreFull
 from sheepdog.model.ids import attribute_oid, data_oid
 from sheepdog.model.vdi_state import VdiState
+from sheepdog.wire.opcodes import Op
+from sheepdog.wire.results import Result
 from sheepdog_store_plain import sheepdog_object_store
 
 from .data_plane import random_bytes
@@ -126,6 +128,34 @@ async def test_wildcard_takes_what_there_is(make_store):
         await w.recovered()
 
         assert digest(w.content(2, oid)) == digest(old)
+
+
+async def test_wildcard_waits_for_everybody(make_store):
+    """A member that does not serve yet when another begins its wildcard recovery may have the only version: it is not
+    passed over, or the object would be taken for removed and then cleaned up."""
+    async with world(2, make_store, copies=1) as w:
+        oid, content = w.object_on(1, copies=1), random_bytes(1, OBJECT)
+        await w.recovered()
+        w.put(0, oid, content)
+        w.sheep[0].store.retire(ShardKey(oid), 1)
+        w.sheep[0].recovery._index.forget()
+        w.sheep[1].recovery.wildcard = True
+        handlers = w.sheep[0].dispatcher._handlers
+        serve, refused = handlers[Op.READ_PEER], []
+
+        def not_yet(connection, request):
+            if len(refused) < 3:
+                refused.append(request.oid)
+                connection.reply(request, Result.WAIT_FOR_JOIN)
+            else:
+                serve(connection, request)
+
+        handlers[Op.READ_PEER] = not_yet
+        w.restart()
+        await w.recovered()
+
+        assert refused == [oid] * 3
+        assert digest(w.content(1, oid)) == digest(content)
 
 
 async def test_missed_epoch(make_store):

@@ -446,7 +446,8 @@ class Recovery:
             return 0
         found = await self.finder.find(oid, placement, 1, self._progress.gathered, skip_own=True)
         if not found.parts and self.wildcard:
-            found = await self.finder.find_wildcard(oid, REPLICA, placement)
+            anything = await self.finder.find_wildcard(oid, REPLICA, placement)
+            found = anything if anything.parts else found  # else what is in doubt stays so
         if not found.parts:
             return self._not_found(key, found)
         if not await self.wanted(oid, found.version):

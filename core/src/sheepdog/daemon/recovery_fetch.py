@@ -276,14 +276,15 @@ class Finder:
         return found
 
     async def find_wildcard(self, oid: int, index: int, placement: Placement) -> Found:
-        """The newest version of a shard that any member has, whatever newer ones may have been lost."""
+        """The newest version of a shard that any member has, whatever newer ones may have been lost.
+
+        :raises TransportError: one does not answer now, and may have the newest or the only one.
+        :raises RequestError: OLD_NODE_VER, the epoch moved on.
+        """
         key = ShardKey(oid, index)
         best: tuple[int, NodeId] | None = None
         for node in self._state.ring.with_disks:
-            try:
-                answer = await self.ask(node.id, key, placement, 1, length=0)
-            except TransportError:
-                continue
+            answer = await self.ask(node.id, key, placement, 1, length=0)
             if answer.version and (best is None or answer.version > best[0]):
                 best = answer.version, node.id
         found = Found()
