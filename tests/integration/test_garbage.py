@@ -262,7 +262,7 @@ def test_restart_in_the_middle_of_a_deletion(fresh_cluster: Callable[..., SheepC
     vid = vid_of_name(cluster, "goes")
     environment = {**os.environ, "SHEEPDOG_DOG_ADDR": HOST, "SHEEPDOG_DOG_PORT": str(cluster.sheep[0].port)}
     dog = subprocess.Popen(
-        run_python("sheepdog_cli.dog", "vdi", "delete", "-B", "1", "-I", "1000", "goes"),
+        run_python("sheepdog_cli.dog", "vdi", "delete", "-B", "1", "-I", "1", "goes"),
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:

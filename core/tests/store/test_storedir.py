@@ -266,7 +266,7 @@ def test_writes_are_durable(directory, monkeypatch):
     directory.write_epoch(3, EpochRecord((node(7000),), 5))
 
     epoch = os.path.join(directory.base, "epoch")
-    assert order == [f"{epoch}/00000003.tmp", "rename", epoch]
+    assert order == [f"{epoch}/00000003.0.tmp", "rename", epoch]
 
 
 # ---- epochs

@@ -424,7 +424,7 @@ async def test_alter_copies():
         assert (await one.ask(Op.ALTER_VDI_COPY, VdiStateRequest(new_vid=TEST, copies=3, copy_policy=17))).result == 5
 
         assert two.state.vdis.scheme_of(TEST) == (2, 0, 22)
-        assert two.backend.recovery.changes[-1] == (False, 2)
+        assert two.backend.recovery.altered == [(TEST, 2)]
 
 
 async def test_discard():

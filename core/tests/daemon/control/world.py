@@ -211,6 +211,7 @@ class Recorder:
 
     def __init__(self):
         self.changes = []  # (epochs lifted?, nodes of the old ring)
+        self.altered = []  # (volume, copies)
         self.retired = []
         self.completions = []
         self.running = False
@@ -220,7 +221,7 @@ class Recorder:
         return RecoveryStatus(in_recovery=self.running)
 
     def copies_changed(self, vid, before, after):
-        self.changes.append((False, 0))
+        self.altered.append((vid, after))
 
     def membership_changed(self, old_ring, lifted):
         self.changes.append((lifted, len(old_ring.nodes)))
