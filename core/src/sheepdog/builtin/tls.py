@@ -72,6 +72,10 @@ class TlsChannel(Channel):
         self._plain = plain
         self._accept = accept
         self._failed = failed
+        if context.protocol is ssl.PROTOCOL_TLS_SERVER:
+            # Nobody resumes sessions here. A ticket that comes when the client has closed makes its system reset the
+            # connection, and what it sent last is lost on the way.
+            context.num_tickets = 0
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._tls = context.wrap_bio(
