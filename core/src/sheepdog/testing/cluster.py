@@ -297,9 +297,7 @@ class SheepCluster:
                 host, command = (HOST, ()) if network is None else (network.host(index), network.command(index))
                 gateway = index >= count - gateways
                 self.sheep.append(
-                    Sheep(
-                        index, directory, zone=zone, nbd=nbd, gateway=gateway, port=port, host=host, command=command
-                    )
+                    Sheep(index, directory, zone=zone, nbd=nbd, gateway=gateway, port=port, host=host, command=command)
                 )
             self._specs = self._make_specs()
         except BaseException:
