@@ -60,6 +60,11 @@ class ObjectStore(ABC):
     ``StoreBusy`` (transient).
     """
 
+    @property
+    def flushes_apart(self) -> bool:
+        """Whether several threads with a part of the shards each make them durable sooner than one ``sync`` of all."""
+        return True
+
     @abstractmethod
     def create(
         self, key: ShardKey, data: Buffer, *, offset_bytes: int, size_bytes: int, sparse: bool, durable: bool

@@ -326,6 +326,11 @@ class JournaledStore(ObjectStore):
         if not number or not self._journal.commit(number):
             self.inner.sync([key])
 
+    @property
+    def flushes_apart(self) -> bool:
+        """One append makes all of them durable, as long as there is a journal."""
+        return self._journal.failed and self.inner.flushes_apart
+
     # ---- changes
 
     def create(

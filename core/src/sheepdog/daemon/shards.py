@@ -232,7 +232,7 @@ class Shards:
         keys = tuple(batch)
         store, before_flush = self.store, self.before_flush
         # A few threads: their flushes of different files ride on the same commit of the file system.
-        count = min(FLUSH_THREADS, (len(keys) + 1) // 2)
+        count = min(FLUSH_THREADS, (len(keys) + 1) // 2) if store.flushes_apart else 1
         results: list[int] = []
 
         def finished(error: Exception | None, _: object) -> None:
