@@ -35,6 +35,7 @@ DEPTHS = (1, 16, 64)
 VOLUME_BYTES = 64 * MiB
 LARGE = 4 * MiB
 LARGE_DEPTH = 4
+LOCAL = "local file"
 JOURNAL = ("-j", "size=256M")
 
 
@@ -49,6 +50,12 @@ class Row:
     mb_per_second: float
     p50_ms: float | None = None
     p99_ms: float | None = None
+    of_local: float | None = None  # ratio to the local file under the same load in this run
+
+
+def size_name(block: int) -> str:
+    """What a load is called."""
+    return f"write {block // KiB} KiB" if block < MiB else f"write {block // MiB} MiB"
 
 
 def local_rows(directory: Path, block: int, depth: int, seconds: float) -> list[Row]:
@@ -77,7 +84,7 @@ def local_rows(directory: Path, block: int, depth: int, seconds: float) -> list[
     times.sort()
     rate = count / (now - started)
     row = Row(
-        "local file", f"write {block // KiB} KiB", depth, round(rate), round(rate * block / 1e6, 1),
+        LOCAL, size_name(block), depth, round(rate), round(rate * block / 1e6, 1),
         round(times[len(times) // 2], 2), round(times[int(len(times) * 0.99)], 2),
     )  # fmt: skip
     return [row]
@@ -103,11 +110,27 @@ def cluster_rows(name: str, count: int, redundancy: str, options: tuple[str, ...
                     seconds=seconds,
                 )
             )
-            what = f"write {block // KiB} KiB" if block < MiB else f"write {block // MiB} MiB"
             rows.append(
-                Row(name, what, depth, round(report.per_second), report.mb_per_second, report.p50_ms, report.p99_ms)
+                Row(
+                    name,
+                    size_name(block),
+                    depth,
+                    round(report.per_second),
+                    report.mb_per_second,
+                    report.p50_ms,
+                    report.p99_ms,
+                )
             )
     return rows
+
+
+def compare(made: list[Row], before: list[Row]) -> None:
+    """The new rows know what the local file did under the same load: of large writes, which it makes one at a time."""
+    local = {(row.what, row.depth): row for row in before if row.target == LOCAL}
+    for row in made:
+        same = local.get((row.what, row.depth)) or local.get((row.what, 1))
+        if row.target != LOCAL and same is not None:
+            row.of_local = round(row.per_second / same.per_second, 3)
 
 
 def coding(policy: str, seconds: float) -> list[Row]:
@@ -167,6 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
             if chosen.only in (None, name):
                 for load in loads:
                     made = load()
+                    compare(made, rows)
                     rows += made
                     if not chosen.json:
                         for row in made:
@@ -178,9 +202,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _print(row: Row) -> None:
     latency = "" if row.p50_ms is None else f"p50 {row.p50_ms:8.2f} ms  p99 {row.p99_ms:8.2f} ms"
+    ratio = "" if row.of_local is None else f"  of local {row.of_local:.2f}"
     print(
         f"{row.target:20} {row.what:22} depth {row.depth:3} {row.per_second:8.0f}/s {row.mb_per_second:9.1f} MB/s  "
-        f"{latency}",
+        f"{latency}{ratio}",
         flush=True,
     )
 

@@ -171,3 +171,27 @@ def test_convert_one_node(two: SheepCluster) -> None:
         assert two.dog("vdi", "getattr", "alpha", "key", node=1).stdout.strip() == b"value"
     assert two.dog("upgrade", "store-convert", str(directory), "other", check=False).returncode == 64
     assert two.dog("upgrade", "store-convert", str(directory / "obj"), "tree", check=False).returncode == 64
+
+
+def test_other_layout(two: SheepCluster) -> None:
+    """A sheep started with another store than its objects were written by refuses, says what to do, and touches
+    nothing; with the right one it goes on."""
+    two.dog("cluster", "format", "-f", "-b", "plain", "-c", "2")
+    two.dog("vdi", "create", "alpha", "8M")
+    content = pattern(80, 5 * MiB)
+    write(two, "alpha", 0, content)
+    sheep = two.sheep[1]
+    node_config = sheep.directory / "node_config"
+    node_config.unlink(missing_ok=True)  # of a conversion
+    two.stop(1)
+    before = sorted((sheep.directory / "obj").rglob("*"))
+    two.options = ("--store", "tree")
+    two.restart(1, wait=False)
+    assert sheep.process is not None and sheep.process.wait(30) == 1
+    assert "in the places of another store" in sheep.log_tail() and "store-convert" in sheep.log_tail()
+    assert sorted((sheep.directory / "obj").rglob("*")) == before
+
+    two.options = ()
+    two.restart(1)
+    two.wait_recovered()
+    assert read(two, "alpha", 0, 5 * MiB, node=1) == content

@@ -1,4 +1,4 @@
-"""Where core is installed alone, what needs the plugins' stores and codes is left to the environments that have them."""
+"""Where core is installed alone, tests of it with the plugins' stores and codes are left out."""
 
 from importlib.util import find_spec
 

@@ -44,8 +44,8 @@ class StoreOptions:
     """What ``sheep`` tells a store plugin.
 
     ``disks`` are absolute directories that exist; ``direct_io`` asks for O_DIRECT where offset and length allow.
-    ``replacing`` says that everything on the disks will be wiped: otherwise a store must refuse disks with objects that
-    another one left, which it would never find, by a ``ConfigError`` and before it changes anything.
+    ``replacing`` says that everything on the disks will be wiped: otherwise a store that sees objects of another one
+    there, which it would never find, refuses them by a ``ConfigError`` before it changes anything.
     """
 
     disks: tuple[str, ...]
