@@ -192,7 +192,7 @@ def main() -> int:
     """The program. 0: all reads were right; 1: something was not; 130: interrupted."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--image", type=Path, help="a raw disk image to use instead of a downloaded one")
-    parser.add_argument("--driver", default="local", help="cluster driver: local (default), raft, zk or etcd")
+    parser.add_argument("--driver", default="local", choices=("local", "raft", "zk", "etcd"), help="cluster driver")
     parser.add_argument("--store", default="plain", help="store layout: plain (default) or tree")
     parser.add_argument("--redundancy", default="3", help="copies or strips: 3 (default), 2, 2:1")
     options = parser.parse_args()
