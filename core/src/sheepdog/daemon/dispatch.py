@@ -151,8 +151,10 @@ class Dispatcher:
             return Result.KILLED
         if self._force[opcode]:
             return 0
-        if opcode in OBJECT_OPERATIONS and self.state.has_served:
-            return 0  # our session was lost: the gateway keeps the request until we are a member again
+        if opcode in OBJECT_OPERATIONS and (self.state.has_served or self.state.joining):
+            # Our session was lost, or we have only just started and a client sends again what it had sent before: the
+            # gateway keeps the request until we are a member.
+            return 0
         return Result.WAIT_FOR_JOIN if self.state.formatted else Result.WAIT_FOR_FORMAT
 
     def _log_admin(self, connection: ClientConnection, request: Request, result: int | None) -> None:

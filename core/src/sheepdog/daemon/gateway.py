@@ -248,7 +248,7 @@ class Gateway:
                 self._parked.append(operation)
 
     def fail_parked(self, result: int) -> None:
-        """The sheep is stopping: nothing that waits will be tried again."""
+        """Nothing that waits will be tried again."""
         parked, self._parked = self._parked, []
         for operation in parked:
             operation.finish(result, None)

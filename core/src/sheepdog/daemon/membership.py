@@ -456,6 +456,9 @@ class Membership(SessionKeeper):
         """We take part from here on."""
         self._attached = True
         self.sections.attach(self.broadcast)
+        if self.state.joining:
+            self.state.joining = False
+            self.state.install()
 
     def _transfer(self, before: tuple[Node, ...], *, lifted: bool) -> Transfer:
         state = self.state

@@ -54,6 +54,7 @@ from sheepdog.errors import SheepdogError, TransportError
 from sheepdog.model.clusterinfo import ClusterFlag, ClusterStatus
 from sheepdog.model.node import Node, NodeId
 from sheepdog.plugins import Announcer
+from sheepdog.wire.results import Result
 
 if TYPE_CHECKING:
     from sheepdog.daemon.interfaces import StoreDirectory
@@ -188,6 +189,9 @@ class Sheep:
 
     def _state_changed(self) -> None:
         state = self.state
+        if state.status is ClusterStatus.WAIT and not state.joining and not state.has_served and self.gateway.waiting:
+            with self.outbox:  # the cluster runs only when somebody else comes, which may take for ever
+                self.gateway.fail_parked(Result.WAIT_FOR_JOIN if state.formatted else Result.WAIT_FOR_FORMAT)
         self.peers.forget({node.id for node in state.members} | {node.id for node in state.ring.nodes})
         if state.epoch != self._epoch_told and state.status is ClusterStatus.OK:
             self._epoch_told = state.epoch

@@ -29,6 +29,7 @@ class SheepState:
         self.store_name = ""
         self.recovery_disabled = False
         self.has_served = False  # was OK at least once: requests then wait for a re-join instead of being refused
+        self.joining = True  # not yet heard what the cluster is doing: object requests wait for that
         self.members: tuple[Node, ...] = ()  # oldest first
         self.ring = Ring(())
         self.vdis = VdiTable()
