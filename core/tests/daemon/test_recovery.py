@@ -455,31 +455,36 @@ async def test_large_objects_come_in_pieces(make_store, monkeypatch):
 
 
 async def test_no_space_is_not_the_end(make_store, monkeypatch):
-    """An object that finds no space is neither forgotten nor announced as recovered: it comes when there is some
-    (MD-13)."""
+    """An object that finds no space is neither forgotten nor announced as recovered: writes to it are refused, not left
+    waiting, and it comes when there is space (MD-13)."""
     monkeypatch.setattr(recovery, "ROOM_RETRY_S", 0.1)
     async with world(3, make_store) as w:
         oid = w.object_on(0, 1)
         await w.sheep[0].objects.create(oid, 0, random_bytes(7, OBJECT))
         store = w.sheep[2].store
-        create, attempts = store.create, []
+        create, attempts, full = store.create, [], [True]
 
-        def full(key, *arguments, **options):
+        def create_if_space(key, *arguments, **options):
             attempts.append(key)
-            if len(attempts) < 3:
+            if full:
                 raise StoreFull("no space")
             create(key, *arguments, **options)
 
-        store.create = full
+        store.create = create_if_space
         await w.change(1, 2)
         with anyio.fail_after(10):
-            while not attempts:
+            while len(attempts) < 3:
                 await anyio.sleep(0.01)
         assert w.sheep[2].recovery.status().unfinished
+        with anyio.fail_after(5), pytest.raises(SheepdogError) as refused:
+            await w.sheep[1].objects.write(oid, 0, b"w" * 512)
+        assert refused.value.result == Result.NO_SPACE
+        full.clear()
         await w.recovered()
+        await w.sheep[1].objects.write(oid, 0, b"v" * 512)
 
-        assert len(attempts) == 3
         assert w.content(2, oid) == w.content(1, oid)
+        assert w.content(2, oid)[:512] == b"v" * 512
 
 
 async def test_requests_do_not_wait_for_their_turn(make_store):

@@ -335,7 +335,14 @@ class ObjectOperations:
         key = self._key(request)
         answer = self._peer_answer(connection, request)
         if key.index == REPLICA:
-            shards.write(key, request.offset, request.body, answer)
+            recovery = self.recovery
+
+            def written(result: int, data: Any) -> None:  # Any: changes carry no data
+                if result == Result.NO_OBJ and recovery is not None and recovery.has_no_room(key):
+                    result = Result.NO_SPACE  # the client is told, instead of waiting for a copy that cannot be made
+                answer(result, data)
+
+            shards.write(key, request.offset, request.body, written)
             return
         holders = self._gateway.placer.placement(request.oid, request.copies, request.copy_policy).holders
         self._gateway.striped.undo.write(

@@ -131,7 +131,7 @@ class Recovery:
         self._generation = 0  # changes when what is fetched may not belong here any more
         self._active = False
         self._held = False  # there is no room for what would have to be recovered
-        self._no_room = 0  # objects that found no space in this round
+        self._no_room: dict[ShardKey, None] = {}  # found no space here when they were tried last
         self._not_before = 0.0
         self._phase = PREPARING
         self._todo: dict[ShardKey, None] = {}
@@ -341,6 +341,10 @@ class Recovery:
         key = ShardKey(oid, REPLICA if placement.identical else placement.index)
         return key in self._todo or key in self._fetching
 
+    def has_no_room(self, key: ShardKey) -> bool:
+        """The shard belongs here and is missing for want of space: to bring it again would fail again."""
+        return key in self._no_room
+
     def fetch(self, oid: int, index: int, done: Fetched) -> None:
         """The shard is here, brought from wherever it exists; ``done(result)``, NO_OBJ when nobody has it."""
         key = ShardKey(oid, index)
@@ -389,6 +393,7 @@ class Recovery:
         if self._progress.gathered != self._state.epoch or self._active:
             self._notes.note_removal(key.oid, self._state.epoch)
         self._todo.pop(key, None)
+        self._no_room.pop(key, None)
 
     def _shard_created(self, key: ShardKey) -> None:
         if key.oid in self._notes.removed:
@@ -417,7 +422,9 @@ class Recovery:
             result = error.result
         finally:
             with self._outbox:
-                self._no_room += result == Result.NO_SPACE
+                self._no_room.pop(key, None)
+                if result == Result.NO_SPACE:
+                    self._no_room[key] = None
                 if result not in _AGAIN:
                     if result and result != Result.NO_OBJ:
                         # It exists and is not here: nobody may clean up yet.
@@ -593,6 +600,7 @@ class Recovery:
         todo.sort(key=lambda key: (is_data(key.oid), key))
         # What came or went since the list was made is sorted out when its turn comes.
         self._todo = {key: None for key in todo if not self.removed_here(key.oid)}
+        self._no_room = {}
         self._missing = {}
         self._total = len(self._todo)
         self._held = self._lister.overfull(wanted)
@@ -609,10 +617,9 @@ class Recovery:
                 await self._wake.wait()
             self._wake = anyio.Event()
         while self._todo and not self._halted():
-            self._no_room = 0
             await self._recover_once()
             if self._no_room:
-                logger.warning("no space for %d objects that belong here, trying again", self._no_room)
+                logger.warning("no space for %d objects that belong here, trying again", len(self._no_room))
             # What is left: some holder does not answer at the moment, or it is to be waited for space.
             until = self._clock.monotonic() + (ROOM_RETRY_S if self._no_room else RETRY_S)
             while self._todo and not self._halted() and self._clock.monotonic() < until:
