@@ -312,7 +312,7 @@ class Finder:
             return await self._ask_own(key, older, length)
         if length <= PIECE_BYTES:
             return await self._ask_piece(node, key, placement, older, 0, length)
-        whole = memoryview(bytearray(length))
+        whole = memoryview(b"")  # of the right size as soon as there is something
         filled = 0
         while True:
             await self._breath()
@@ -322,6 +322,7 @@ class Finder:
                     raise TransportError(f"node {node.text} lost oid={key.oid:016x} while it was read")
                 return answer
             count = len(answer.content)
+            whole = whole if filled else memoryview(bytearray(length))
             whole[filled : filled + count] = answer.content
             filled += count
             if not count or filled >= length:
