@@ -10,6 +10,7 @@ from recovery_scenes import exited, in_place
 from scenes import MiB, pattern
 
 from sheepdog.testing.cluster import wait_until
+from sheepdog.wire.results import Result
 
 DISK_BYTES = 40 * MiB
 
@@ -32,7 +33,8 @@ def _disk(scene: Scene) -> tuple[LoopDisk, LoopDisk, int]:
 
 def disk_full(scene: Scene) -> None:
     """A full disk refuses new objects with a clear message; objects that exist are written on. When another node dies
-    meanwhile, what finds no room is not forgotten: it is copied as soon as there is space (MD-13)."""
+    meanwhile, writes to what finds no room are refused and not left waiting, and it is copied as soon as there is
+    space (MD-13)."""
     cluster = scene.cluster
     cluster.dog("vdi", "create", "filler", "128M")
     refused = cluster.dog(
@@ -100,7 +102,7 @@ def one_of_two_disks_fails(scene: Scene) -> None:
 
 DISK_FAILED = (r"disk .* failed", r"cannot write .*recovery")
 DISKS = (
-    Fault(disk_full),
+    Fault(disk_full, refusals=(Result.NO_SPACE,)),
     Fault(only_disk_fails, DISK_FAILED),
     Fault(only_disk_turns_read_only, DISK_FAILED),
     Fault(one_of_two_disks_fails, DISK_FAILED),

@@ -23,6 +23,7 @@ from sheepdog.client.volume import OP_WRITE_OBJ
 from sheepdog.errors import SheepdogError
 from sheepdog.model.ids import data_oid
 from sheepdog.testing.cluster import SheepCluster, wait_until
+from sheepdog.wire.results import Result
 
 SESSION_S = 2.0  # of the clusters that these stories are told of
 
@@ -66,10 +67,11 @@ class Scene:
 
 @dataclass(frozen=True)
 class Fault:
-    """A story, and the errors in the logs that it causes."""
+    """A story, the errors in the logs that it causes, and the results with which it may refuse writes."""
 
     tell: Callable[[Scene], None]
     explained: tuple[str, ...] = ()
+    refusals: tuple[Result, ...] = ()
 
     @property
     def name(self) -> str:

@@ -110,6 +110,7 @@ class Soak:
 
     def _heal(self) -> None:
         for index in sorted(self.down):
+            self._forget_disks(index)
             self.cluster.restart(index, wait=False)
         self.down.clear()
         self.cluster.wait_recovered(timeout_s=120)
@@ -247,8 +248,14 @@ class Soak:
             return None
         index = self.random.choice(sorted(self.down))
         self.down.discard(index)
+        self._forget_disks(index)
         self.cluster.restart(index)
         return f"restart {index}"
+
+    def _forget_disks(self, index: int) -> None:
+        """A sheep starts with the disks of its command line: what was plugged later, and all on it, is gone."""
+        for path in self.disks.pop(index, ()):
+            shutil.rmtree(path)
 
     def _plug(self) -> str | None:
         node = self._gateway()

@@ -76,7 +76,7 @@ def tell(
     witness_intact(cluster)
     invariants.everything(cluster)
     watch.check(explained=fault.explained)
-    assert not load.refusals(), "a write was refused"
+    assert set(load.refusals()) <= set(fault.refusals), f"writes were refused: {load.refusals()}"
     load.close()
 
 
