@@ -143,16 +143,19 @@ def test_ten_thousand_vdis(fresh_cluster: Start, tmp_path: Path, capsys: pytest.
 
     assert len(listed) == MANY_VDIS
     assert took < 30
-    assert largest < SHEEP_BYTES_MAX
-    cluster.kill(2)
-    begun = time.monotonic()
-    cluster.restart(2)
-    cluster.wait_recovered(timeout_s=600)
-    back = time.monotonic() - begun
-    assert len(cluster.dog("vdi", "list", "-r", node=2, timeout_s=60).stdout.splitlines()) == MANY_VDIS
     with capsys.disabled():
         print(
             f"\nRUN-3: {MANY_VDIS} vdis created in {created:.0f} s, listed in {took:.1f} s, "
-            f"{largest >> 20} MiB at most, a node that was away has them all after {back:.1f} s",
+            f"{largest >> 20} MiB at most",
             flush=True,
         )
+    cluster.kill(2)
+    begun = time.monotonic()
+    cluster.restart(2)
+    cluster.wait_recovered(timeout_s=900)
+    back = time.monotonic() - begun
+    largest = max(memory_bytes(sheep) for sheep in cluster.live)
+    assert len(cluster.dog("vdi", "list", "-r", node=2, timeout_s=60).stdout.splitlines()) == MANY_VDIS
+    assert largest < SHEEP_BYTES_MAX
+    with capsys.disabled():
+        print(f"a node that was away has them all after {back:.0f} s, {largest >> 20} MiB at most", flush=True)
