@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import subprocess
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -380,3 +383,45 @@ def test_killed_at_once(fresh_cluster):
         assert read(cluster, "alpha", 0, MiB, node=node) == expected + b"\x01" * (MiB - len(expected))
     kill(cluster, 1)
     assert read(cluster, "alpha", 0, MiB) == expected + b"\x01" * (MiB - len(expected))
+
+
+def test_killed_at_once_and_a_disk_lost(fresh_cluster):
+    """All nodes are killed in the middle of writes and one disk is lost: every stripe has its old or its new content.
+
+    The log of strips is there after the kill and gone after an orderly end.
+    """
+    cluster = fresh_cluster(3, driver="local", store="plain", redundancy="2:1")
+    cluster.format()
+    cluster.dog("vdi", "create", "alpha", "4M")
+    place, places = 256, 12  # half a stripe each
+    write(cluster, "alpha", 0, bytes(place * places))
+    acknowledged = dict.fromkeys(range(places), 0)
+
+    def change(number: int) -> None:
+        with suppress(SheepdogError, OSError), volume(cluster, "alpha", node=number % 3) as opened:
+            for value in range(1, 100_000):
+                opened.write(number * place, bytes([value % 251]) * place)
+                acknowledged[number] = value
+
+    threads = [threading.Thread(target=change, args=(number,)) for number in range(places)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: min(acknowledged.values()) > 10, "all writers to be under way")
+    kill(cluster, 0, 1, 2)
+    for thread in threads:
+        thread.join()
+    assert (cluster.sheep[0].directory / "strip_log0").exists()
+    shutil.rmtree(cluster.sheep[1].directory / "obj")
+    for index in range(3):
+        cluster.restart(index, wait=False)
+    cluster.wait_recovered()
+
+    for node in range(3):
+        content = read(cluster, "alpha", 0, place * places, node=node)
+        for number in range(places):
+            found = set(content[number * place : (number + 1) * place])
+            assert len(found) == 1 and found <= {(acknowledged[number] + more) % 251 for more in (0, 1)}, number
+    cluster.dog("cluster", "shutdown")
+    for index in range(3):
+        wait_until(lambda index=index: not cluster.sheep[index].running, "the sheep to end")
+        assert not (cluster.sheep[index].directory / "strip_log0").exists()

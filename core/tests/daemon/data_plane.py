@@ -38,7 +38,7 @@ from sheepdog.model.ring import Ring
 class Plane:
     """The data path of one sheep."""
 
-    def __init__(self, transport, store, executor, spawn, *, durable=False, factories=()):
+    def __init__(self, transport, store, executor, spawn, *, durable=False, factories=(), start=0):
         self.transport = transport
         self.state = SheepState(Node(NodeId.of("127.0.0.1", 1), 128, 0, 1 << 30))
         self.outbox = Outbox()
@@ -55,7 +55,7 @@ class Plane:
         self.recovery = Recovery(self.state, shards, self.placer, self.peers, executor, clock, self.outbox, spawn)
         self.primary = Primary(self.state, shards, self.peers, self.placer, self.unsettled, self.recovery)
         self.gateway = Gateway(self.state, self.placer, self.primary, self.peers, shards, self.outbox, clock)
-        striped = Striped(self.state, self.primary, self.peers, shards)
+        striped = Striped(self.state, self.primary, self.peers, shards, start=start)
         self.references = References(self.primary, self.gateway, drop_first=lambda: True)
         self.gateway.changes = Changes(self.primary, self.gateway, self.references, striped)
         self.gateway.striped = striped
@@ -74,8 +74,8 @@ class Plane:
         self.listener = None
         self.node = None
 
-    async def listen(self, zone):
-        self.listener = await self.transport.listen("127.0.0.1:0", self.server.accept)
+    async def listen(self, zone, port=0):
+        self.listener = await self.transport.listen(f"127.0.0.1:{port}", self.server.accept)
         port = int(self.listener.addresses[0].rpartition(":")[2])
         self.node = Node(NodeId.of("127.0.0.1", port), 128, zone, 1 << 30)
         self.state.me = self.node
@@ -98,15 +98,20 @@ class Plane:
 
 
 @asynccontextmanager
-async def planes(count, make_store, make_transport, *, copies=None, durable=False, factories=()):
-    """``count`` data planes that know each other, epoch 1."""
+async def planes(count, make_store, make_transport, *, copies=None, durable=False, factories=(), start=0, ports=None):
+    """``count`` data planes that know each other, epoch 1.
+
+    :param start: greater than that of the planes that had the same stores and ports before.
+    """
     async with ThreadExecutor(4) as executor, anyio.create_task_group() as tasks:
         made = []
         spawn = Spawner()
         tasks.start_soon(spawn.run)
         for zone in range(count):
-            plane = Plane(make_transport(), make_store(zone), executor, spawn, durable=durable, factories=factories)
-            await plane.listen(zone)
+            plane = Plane(
+                make_transport(), make_store(zone), executor, spawn, durable=durable, factories=factories, start=start
+            )
+            await plane.listen(zone, ports[zone] if ports else 0)
             made.append(plane)
             tasks.start_soon(plane.tick)
             tasks.start_soon(plane.settler.run)

@@ -10,6 +10,11 @@ place are applied first and journaled then. Creates are journaled first: a new f
 and whose bytes do not would look like an object. Until such a file is made, the journal file with its entry is not
 emptied.
 
+Changes of erasure-coded strips that may have to be taken back (``write_strips``) are journaled first, together with
+what undoes them: one write makes both durable, before the strip itself is touched. Whatever the journal must know of
+such changes when one file is given up stands at the begin of the other (``strip_memory``). ``strip_store`` is what
+serves strips where there is no journal for everything.
+
 A shard that is set aside or brought back from there leaves the journal: an entry says that what was journaled before
 must not be replayed. When the journal cannot be written, everything is flushed, the files are removed and the daemon
 goes on without.
@@ -20,13 +25,14 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from sheepdog.contracts.store import Buffer, DiskInfo, ObjectStore, ShardKey, Usage
 from sheepdog.daemon import journal_files
 from sheepdog.daemon.config import SheepConfig
-from sheepdog.daemon.journal_files import JournalFile, file_paths
+from sheepdog.daemon.journal_files import JOURNAL, JournalFile, Left, file_paths
+from sheepdog.daemon.strip_memory import Record, StripChange, StripMemory, pack_known
 from sheepdog.errors import ConfigError, StoreError
 from sheepdog.model.journal_entry import JournalEntry, JournalKind, entry_bytes
 
@@ -34,15 +40,22 @@ logger = logging.getLogger(__name__)
 
 RETRY_S = 0.1  # after a disk refused to flush
 DEFAULT_SHIFT = 22  # of object sizes
+_CHANGES = frozenset({JournalKind.STORE, JournalKind.REMOVE, JournalKind.FORGET, JournalKind.UNDO})
+_META_BYTES = 4096  # above what a record has besides the old bytes
 PENDING_MAX = 1024  # entries that nobody waits for
 
 
 class Journal:
     """Two files and the entries on their way to them. Thread-safe; ``add`` never waits for a disk."""
 
-    def __init__(self, directory: str, size_bytes: int) -> None:
-        """Both files exist and are empty.
+    def __init__(
+        self, directory: str, size_bytes: int, *, name: str = JOURNAL, synced: bool = True, left: Left | None = None
+    ) -> None:
+        """Both files exist and are empty, but for what ``left`` says of strips.
 
+        :param name: of the files.
+        :param synced: entries survive power loss, otherwise the end of the process.
+        :param left: from the replay of the same files.
         :raises ConfigError: the directory is missing, or has no space for them.
         """
         if not os.path.isdir(directory):
@@ -54,12 +67,14 @@ class Journal:
             except ConfigError:
                 self._remove_files()
                 raise
+        left = left or Left()
+        self._strips = left.strips.copy()
+        self._number = left.number  # of the last entry that was added
         self._active = 0
         self.failed = False
         self.entry_bytes_max = size_bytes // 2
         self._lock = threading.Condition()  # of what follows; held for moments
         self._pending: list[JournalEntry] = []
-        self._number = 0  # of the last entry that was added
         self._applying: set[int] = set()  # entries whose change is not made yet
         self._full: JournalFile | None = None  # waits to be emptied
         self._cleaner: threading.Thread | None = None
@@ -68,6 +83,10 @@ class Journal:
         self._io = threading.RLock()  # held by who writes; taken before ``_lock``
         self._durable = 0  # entries up to this number are on stable storage
         self._flush_store: Callable[[Iterable[ShardKey]], None] = lambda _: None
+        paths = file_paths(directory, name)
+        first = JournalFile(paths[left.first], size_bytes // 2, synced=synced)
+        self._carry(first)  # before the other file, which says the same, is overwritten
+        self._files = [first, JournalFile(paths[1 - left.first], size_bytes // 2, synced=synced)]
 
     def serve(self, flush_store: Callable[[Iterable[ShardKey]], None]) -> None:
         """``flush_store`` makes everything durable that was applied to some shards."""
@@ -99,17 +118,62 @@ class Journal:
                 self._applying.add(number)
             return number
 
-    def applied(self, number: int) -> None:
-        """The change of an entry that was added with ``applying`` is made."""
+    def applied(self, *numbers: int) -> None:
+        """The changes of entries that were added with ``applying`` are made."""
         with self._lock:
-            self._applying.discard(number)
+            self._applying.difference_update(numbers)
             self._lock.notify_all()
+
+    def add_strip(self, change: StripChange, *, redo: bool) -> int:
+        """An entry that undoes a change of a strip, and with ``redo`` makes it; its number, 0 if the journal failed.
+
+        The change is still to be made; ``applied`` tells when it is.
+        """
+        record = change.record._replace(whole=redo)
+        with self._lock:
+            if self.failed:
+                return 0
+            self._strips.note(record, change.low_water)
+            data = record.pack(change.low_water, change.pieces if redo else ())
+            return self.add(JournalKind.UNDO, record.key, data, applying=True)
+
+    def finish_strip(self, record: Record) -> int:
+        """A change that the journal does not make is made; the number of the entry."""
+        with self._lock:
+            self._strips.finish(record.key, record.number)
+            return self.add(JournalKind.DONE, record.key, offset=record.number)
+
+    def meet_primary(self, primary: int, low_water: int) -> None:
+        """Changes of strips are to come from there."""
+        with self._lock:
+            self._strips.mark(primary, low_water)
+            self.add(JournalKind.STRIPS, ShardKey(0), pack_known({primary: low_water}, {}))
+
+    def keep_strip(self, oid: int, number: int) -> None:
+        """A change of strips was decided to stay."""
+        with self._lock:
+            self._strips.keep(oid, number)
+            self.add(JournalKind.STRIPS, ShardKey(0), pack_known({}, {oid: number}))
+
+    def drop_strip(self, key: ShardKey) -> int:
+        """The last change of that strip is not taken back any more; the number of the entry, 0 when nothing is new."""
+        with self._lock:
+            record = self._strips.records.get(key.oid)
+            if record is None or record.key != key:
+                return 0
+            self._strips.drop(key.oid)
+            return self.add(JournalKind.DROPPED, key)
+
+    def strips(self) -> StripMemory:
+        """What is known of strips, for somebody else to use."""
+        with self._lock:
+            return self._strips.copy()
 
     def mentions(self, key: ShardKey) -> bool:
         """Whether a replay would touch the shard."""
         with self._lock:
             return any(key in file.keys for file in self._files) or any(
-                (entry.oid, entry.index) == key for entry in self._pending
+                (entry.oid, entry.index) == key and entry.kind in _CHANGES for entry in self._pending
             )
 
     @property
@@ -140,6 +204,17 @@ class Journal:
                 return False
             return True
 
+    def ready(self, length: int) -> bool:
+        """Whether ``commit`` of so many bytes more would wait for nobody."""
+        if not self._io.acquire(blocking=False):
+            return False
+        try:
+            with self._lock:
+                length += sum(map(len, self._pending))
+                return not self.failed and self._broken is None and self._files[self._active].room_for(length)
+        finally:
+            self._io.release()
+
     def _write(self, batch: list[JournalEntry]) -> None:
         done = 0
         while done < len(batch):
@@ -153,7 +228,8 @@ class Journal:
                 before, behind = entry.pack_around()
                 buffers += (before, entry.data, behind)
                 length += len(entry)
-                keys.append(ShardKey(entry.oid, entry.index))
+                if entry.kind in _CHANGES:
+                    keys.append(ShardKey(entry.oid, entry.index))
                 done += 1
             if buffers:
                 file.append(buffers, length)
@@ -170,6 +246,27 @@ class Journal:
                     with self._lock:
                         self._pending[:0] = rest
                     raise
+                self._carry(self._files[self._active])
+
+    def _carry(self, file: JournalFile) -> None:
+        """An empty file begins with what is known of strips: the other one may be emptied."""
+        buffers: list[Buffer] = []
+        length = 0
+        left_out = 0
+        with self._lock:
+            for kind, key, data in self._strips.snapshot():
+                if length + entry_bytes(len(data)) > file.size_bytes // 2:
+                    left_out += 1
+                    continue
+                self._number = number = self._number + 1
+                entry = JournalEntry(kind, key.oid, 0, data, False, key.index, True, 0, number)
+                before, behind = entry.pack_around()
+                buffers += (before, data, behind)
+                length += len(entry)
+        if left_out:
+            logger.warning("journal: %d changes of strips under way could not be taken back after a crash", left_out)
+        if buffers:
+            file.append(buffers, length)
 
     def _switch(self) -> None:
         """The other file is empty and takes over; this one is being emptied."""
@@ -218,7 +315,8 @@ class Journal:
         logger.error("journal: %s; going on without a journal", error)
         with self._lock:
             keys = {key for file in self._files for key in file.keys}
-            keys.update(ShardKey(entry.oid, entry.index) for entry in (*batch, *self._pending))
+            changes = (entry for entry in (*batch, *self._pending) if entry.kind in _CHANGES)
+            keys.update(ShardKey(entry.oid, entry.index) for entry in changes)
             self._pending = []
             self.failed = True
             self._full = None
@@ -254,6 +352,7 @@ class Journal:
         with self._io:
             with self._lock:
                 self._pending = []
+                self._strips = StripMemory()
                 for file in self._files:
                     file.keys.clear()
             if self.failed:
@@ -315,8 +414,13 @@ class JournaledStore(ObjectStore):
 
     def __init__(self, inner: ObjectStore, journal: Journal) -> None:
         self.inner = inner
-        self._journal = journal
+        self._given = journal
+        self.strips_left = journal.strips()  # what is known of strips at the start
         journal.serve(self._flush)
+
+    @property
+    def _journal(self) -> Journal:
+        return self._given
 
     def _flush(self, keys: Iterable[ShardKey]) -> None:
         self.inner.sync(keys)
@@ -338,6 +442,7 @@ class JournaledStore(ObjectStore):
     ) -> None:
         inner, journal = self.inner, self._journal
         number = 0
+        journal.drop_strip(key)
         if entry_bytes(len(data)) <= journal.entry_bytes_max:
             number = journal.add(
                 JournalKind.STORE, key, data, offset=offset_bytes, create=True, size_bytes=size_bytes, applying=True
@@ -380,7 +485,89 @@ class JournaledStore(ObjectStore):
 
     def remove(self, key: ShardKey) -> None:
         self.inner.remove(key)
+        self._journal.drop_strip(key)
         self._journal.add(JournalKind.REMOVE, key)
+
+    # ---- strips
+
+    def write_strips(self, changes: Sequence[StripChange]) -> list[StoreError | None]:
+        """Bytes of strips are replaced, and can be put back after a crash; what became of each.
+
+        Durable as ``sync`` is; no shard comes twice.
+        """
+        journal = self._journal
+        numbers: list[int] = []
+        redone = []
+        try:
+            for change in changes:
+                redo = self._redo(change)
+                if not redo:
+                    self._before_unjournaled(change.record.key)
+                length = entry_bytes(change.record.size_bytes + change.size_bytes + _META_BYTES)
+                number = journal.add_strip(change, redo=redo) if length <= journal.entry_bytes_max else 0
+                numbers.append(number)
+                redone.append(redo and bool(number))
+            try:
+                logged = any(numbers) and journal.commit(max(numbers))
+            except StoreError as error:
+                for change in changes:
+                    self._give_up(change.record.key)
+                return [error] * len(changes)
+            results = [self._change(change, redo and logged) for change, redo in zip(changes, redone, strict=True)]
+            finished = [
+                journal.finish_strip(change.record)
+                for change, number, redo, result in zip(changes, numbers, redone, results, strict=True)
+                if number and not redo and result is None
+            ]
+            if any(finished):
+                # Only then may the change count as made here, which it must before it is answered.
+                journal.commit(max(finished))
+            return results
+        finally:
+            journal.applied(*numbers)
+
+    def ready_for(self, changes: Sequence[StripChange]) -> bool:
+        """Whether ``write_strips`` would wait for nobody and no disk."""
+        return False
+
+    def _before_unjournaled(self, key: ShardKey) -> None:
+        """A strip is about to be changed outside of the journal, which must not replay older changes over that."""
+
+    def _redo(self, change: StripChange) -> bool:
+        """Whether the new bytes are journaled as well."""
+        return True
+
+    def _change(self, change: StripChange, journaled: bool) -> StoreError | None:
+        key = change.record.key
+        try:
+            for offset, data in change.pieces:
+                self.inner.write(key, data, offset_bytes=offset, durable=False)
+            if not journaled or self._journal.failed:
+                self.inner.sync([key])
+                self._leave(key)
+        except StoreError as error:
+            self._give_up(key)
+            return error
+        return None
+
+    def _give_up(self, key: ShardKey) -> None:
+        """A change of the strip failed: nothing of it comes true later."""
+        self._journal.drop_strip(key)
+        self._journal.add(JournalKind.FORGET, key)
+
+    def meet_primary(self, primary: int, low_water: int) -> None:
+        """It is known, also after a crash, that changes of strips are to come from there."""
+        self._journal.meet_primary(primary, low_water)
+        self._journal.commit()
+
+    def keep_strip(self, oid: int, number: int) -> None:
+        """It is known, also after a crash, that this change stays."""
+        self._journal.keep_strip(oid, number)
+        self._journal.commit()
+
+    def drop_strip(self, key: ShardKey) -> None:
+        """The last change of the strip has been taken back."""
+        self._journal.drop_strip(key)
 
     def retire(self, key: ShardKey, epoch: int) -> None:
         self._set_apart(key, lambda: self.inner.retire(key, epoch))
@@ -458,20 +645,30 @@ class JournaledStore(ObjectStore):
         self.inner.close()
 
 
-def left_journal(directory: str) -> bool:
+def left_journal(directory: str, name: str = JOURNAL) -> bool:
     """A former run left a journal in this directory."""
-    return any(os.path.exists(path) for path in file_paths(directory))
+    return any(os.path.exists(path) for path in file_paths(directory, name))
 
 
-def start_journal(config: SheepConfig, store: ObjectStore, *, block_size_shift: int) -> Journal | None:
+def start_journal(
+    config: SheepConfig,
+    store: ObjectStore,
+    *,
+    block_size_shift: int,
+    left: Left | None = None,
+    leaving: Callable[[Left], None] | None = None,
+) -> Journal | None:
     """What a crash left in the journal is in the store, and an empty journal is ready if ``config`` asks for one.
 
     Without ``-j`` a journal that is found in the base directory is replayed and removed: what was acknowledged must
     not be lost because an option was left out.
 
     :param block_size_shift: the cluster's default, 0 where it is not known.
+    :param left: what is known of strips already; more is added.
+    :param leaving: called with it before files that are not used any more are removed.
     :raises ConfigError: the directory is missing, full or another sheep's, or what was left cannot be replayed.
     """
+    left = left or Left()
     options = config.journal
     directory = config.base if options is None else options.directory or config.base
     if not os.path.isdir(directory):
@@ -481,11 +678,14 @@ def start_journal(config: SheepConfig, store: ObjectStore, *, block_size_shift: 
         if options is not None and options.skip:
             logger.warning("the journal in %s is not replayed", directory)
         else:
-            journal_files.replay(directory, store, block_size_shift=block_size_shift or DEFAULT_SHIFT)
+            journal_files.replay(directory, store, block_size_shift=block_size_shift or DEFAULT_SHIFT, left=left)
     if options is not None:
-        return Journal(directory, options.size_bytes)
+        return Journal(directory, options.size_bytes, left=left)
     for path in file_paths(directory):
         if os.path.exists(path):
+            if leaving is not None:
+                leaving(left)
+                leaving = None
             logger.warning("removing %s, which a former run with a journal left", path)
             os.unlink(path)
     return None

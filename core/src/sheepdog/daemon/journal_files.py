@@ -14,8 +14,10 @@ import mmap
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 
 from sheepdog.contracts.store import ObjectStore, ShardKey
+from sheepdog.daemon.strip_memory import StripChange, StripMemory
 from sheepdog.errors import ConfigError, ObjectNotFound, StoreDeviceError, StoreError, StoreFull
 from sheepdog.model.ids import inode_oid, is_sparse, object_bytes, vid_of
 from sheepdog.model.inode import InodeHeader
@@ -29,26 +31,46 @@ ZEROS = bytes(1 << 20)
 HEADER_PART_BYTES = 572  # of an inode, as much as names its block size
 
 
-def file_paths(directory: str) -> tuple[str, str]:
+JOURNAL = "journal_file"  # what the original calls them
+STRIPS = "strip_log"  # a journal of erasure-coded strips only
+
+
+def file_paths(directory: str, name: str = JOURNAL) -> tuple[str, str]:
     """Where the two files of a journal in this directory are."""
-    return os.path.join(directory, "journal_file0"), os.path.join(directory, "journal_file1")
+    return os.path.join(directory, f"{name}0"), os.path.join(directory, f"{name}1")
+
+
+@dataclass(slots=True)
+class Left:
+    """What a former run left in a journal, besides what was replayed.
+
+    :param first: number of the file to be overwritten first, because the other one says all that it says of strips.
+    :param number: of the last entry.
+    """
+
+    first: int = 0
+    number: int = 0
+    strips: StripMemory = field(default_factory=StripMemory)
 
 
 class JournalFile:
     """One of the two files. Not thread-safe."""
 
-    def __init__(self, path: str, size_bytes: int) -> None:
+    def __init__(self, path: str, size_bytes: int, *, synced: bool = True) -> None:
         """The file exists with all its space, and is empty.
 
+        :param synced: what is appended is on stable storage; otherwise in the page cache.
         :raises ConfigError: the directory is missing, there is no space, or another sheep uses the file.
         """
         self.path = path
         self.size_bytes = size_bytes
+        self._synced = synced
         self.end = 0  # of what was written
         self.last_number = 0  # of the last entry in it
         self.keys: set[ShardKey] = set()  # shards whose files are not flushed since an entry was written here
         try:
-            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_DSYNC, FILE_MODE)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_DSYNC if synced else 0)
+            self._fd = os.open(path, flags, FILE_MODE)
         except OSError as error:
             raise ConfigError(f"cannot open the journal file {path} ({error.strerror})") from error
         try:
@@ -74,7 +96,7 @@ class JournalFile:
         return self.end + length <= self.size_bytes
 
     def append(self, buffers: Sequence[bytes | bytearray | memoryview], length: int) -> None:
-        """The buffers, ``length`` bytes together, are on stable storage behind what was there.
+        """The buffers, ``length`` bytes together, are behind what was there (on stable storage, if ``synced``).
 
         :raises OSError: they may be there in part.
         """
@@ -93,9 +115,15 @@ class JournalFile:
 
     def clear(self) -> None:
         """The file holds no entry. A crash on the way leaves the last entries of it, which are all applied."""
-        at = 0
-        while at < self.end:
-            at += os.pwrite(self._fd, memoryview(ZEROS)[: self.end - at], at)
+        fd = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)  # not flushed piece by piece, as the other one would
+        try:
+            at = 0
+            while at < self.end:
+                at += os.pwrite(fd, memoryview(ZEROS)[: self.end - at], at)
+            if self._synced:
+                os.fdatasync(fd)
+        finally:
+            os.close(fd)
         self.end = 0
         self.keys = set()
 
@@ -146,17 +174,20 @@ def _sync_directory(path: str) -> None:
 # ---- replay
 
 
-def replay(directory: str, store: ObjectStore, *, block_size_shift: int) -> int:
+def replay(
+    directory: str, store: ObjectStore, *, block_size_shift: int, name: str = JOURNAL, left: Left | None = None
+) -> int:
     """The store has, on stable storage, what the journal in ``directory`` says; returns how many entries were applied.
 
     The older file comes first. What was cut short, or is wrong by its checksum, is left out. Repeating it is harmless.
     The files are left as they are.
 
     :param block_size_shift: of volumes whose inode says none; the original did not note the size of what it created.
+    :param left: is filled with what the next journal has to know.
     :raises ConfigError: the journal cannot be read, or the disks have no space for it.
     """
     files = []
-    for path in file_paths(directory):
+    for place, path in enumerate(file_paths(directory, name)):
         try:
             with open(path, "rb") as file:
                 status = os.fstat(file.fileno())
@@ -169,15 +200,23 @@ def replay(directory: str, store: ObjectStore, *, block_size_shift: int) -> int:
             raise ConfigError(f"cannot read the journal file {path} ({error.strerror})") from error
         entries = [placed.entry for placed in scan(memoryview(view))]
         if entries:
-            files.append((entries[0].number, status.st_mtime_ns, entries))
-    if all(number for number, _, _ in files):
+            files.append((entries[0].number, status.st_mtime_ns, entries, place))
+    if all(file[0] for file in files):
         files.sort(key=lambda file: file[0])
     else:
         files.sort(key=lambda file: file[1])
-    entries = [entry for _, _, of_file in files for entry in of_file]
+    entries = [entry for file in files for entry in file[2]]
     if not entries:
         return 0
+    if left is not None:
+        left.first = files[0][3] if len(files) > 1 else 1 - files[0][3]
+        left.number = max(left.number, *(entry.number for entry in entries), 0)
+        for entry in entries:
+            left.strips.take(entry)
     return _Replay(store, block_size_shift).run(entries)
+
+
+_REPLAYED = frozenset({JournalKind.STORE, JournalKind.REMOVE, JournalKind.UNDO})
 
 
 class _Replay:
@@ -200,6 +239,8 @@ class _Replay:
         touched: dict[ShardKey, None] = {}
         applied = 0
         for position, entry in enumerate(entries):
+            if entry.kind not in _REPLAYED:
+                continue
             key = self._key(entry)
             if position <= begin.get(key, -1):
                 continue
@@ -239,6 +280,9 @@ class _Replay:
         store = self._store
         if entry.kind is JournalKind.REMOVE:
             store.remove(key)
+        elif entry.kind is JournalKind.UNDO:
+            for offset, data in StripChange.unpack(key, entry.data).pieces:
+                store.write(key, data, offset_bytes=offset, durable=False)
         elif not entry.create:
             store.write(key, entry.data, offset_bytes=entry.offset, durable=False)
         else:

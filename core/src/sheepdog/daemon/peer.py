@@ -23,6 +23,8 @@ from sheepdog.daemon.references import is_map_write
 from sheepdog.daemon.shards import Shards
 from sheepdog.daemon.state import SheepState
 from sheepdog.daemon.stats import Stats
+from sheepdog.daemon.strip_memory import Pieces
+from sheepdog.daemon.striped import unpack_pieces
 from sheepdog.daemon.unsettled import Unsettled
 from sheepdog.model.ids import NO_OIDS, always_replicated, is_ledger, is_sparse, vid_of
 from sheepdog.model.inode import SHORT_INODE_BYTES
@@ -36,6 +38,7 @@ from sheepdog.wire.extensions import (
     LOW_WATER,
     RECOVERY_POINT,
     SETTLE,
+    STRIP_WRITE,
 )
 from sheepdog.wire.header import Request
 from sheepdog.wire.opcodes import Flag, Op
@@ -89,6 +92,7 @@ class ObjectOperations:
         for opcode, serve in (
             (Op.READ_PEER, self._read_peer),
             (Op.WRITE_PEER, self._write_peer),
+            (STRIP_WRITE, self._write_peer),
             (Op.CREATE_AND_WRITE_PEER, self._create_peer),
             (Op.REMOVE_PEER, self._remove_peer),
             (Op.DECREF_PEER, self._forward_decref),
@@ -334,7 +338,10 @@ class ObjectOperations:
         self._unsettled.applied(connection.applied, request.cow_oid, request.oid, request.tail)
         key = self._key(request)
         answer = self._peer_answer(connection, request)
-        if key.index == REPLICA:
+        pieces: Pieces | None = ((request.offset, request.body),)
+        if request.opcode == STRIP_WRITE:
+            pieces = unpack_pieces(request.body)
+        elif key.index == REPLICA:
             recovery = self.recovery
 
             def written(result: int, data: Any) -> None:  # Any: changes carry no data
@@ -344,10 +351,11 @@ class ObjectOperations:
 
             shards.write(key, request.offset, request.body, written)
             return
+        if pieces is None or key.index == REPLICA:
+            answer(Result.INVALID_PARMS, None)
+            return
         holders = self._gateway.placer.placement(request.oid, request.copies, request.copy_policy).holders
-        self._gateway.striped.undo.write(
-            key, request.offset, request.body, request.cow_oid, request.tail, holders, answer
-        )
+        self._gateway.striped.undo.write(key, pieces, request.cow_oid, request.tgt_epoch, request.tail, holders, answer)
 
     def _forward_read(self, connection: ClientConnection, request: Request) -> None:
         placement = self._gateway.placer.placement(request.oid, request.copies, request.copy_policy)

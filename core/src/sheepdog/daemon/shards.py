@@ -15,13 +15,20 @@ from typing import Any, TypeAlias
 
 from sheepdog.contracts.services import Executor
 from sheepdog.contracts.store import Buffer, ObjectStore, ShardKey
+from sheepdog.daemon.journal import JournaledStore
 from sheepdog.daemon.outbox import Outbox
+from sheepdog.daemon.strip_memory import StripChange
 from sheepdog.errors import SheepdogError, StoreDeviceError, StoreError
 from sheepdog.model.ids import is_data
 from sheepdog.wire.results import Result
 
 INLINE_BYTES_MAX = 64 * 1024
 FLUSH_THREADS = 4  # for the files of one group commit
+# Of strips being changed at a time, small ones and large ones: the journal has room for more than all of them, so that
+# nobody who has an entry in one of its files waits for that file to be emptied.
+SMALL_BYTES_MAX = 2 << 20
+SMALL_COUNT_MAX = 256
+LARGE_BYTES_MAX = 8 << 20
 
 # result code, and the bytes read (or the result of the work) on success
 Done: TypeAlias = Callable[[int, Any], None]
@@ -52,10 +59,14 @@ class Shards:
         self.durable = durable
         self._direct = direct
         self._device_failed = device_failed
-        self._lanes: dict[ShardKey, deque[tuple[_Work, Done]]] = {}
+        self._lanes: dict[ShardKey, deque[Callable[[], None]]] = {}
         self._commit: dict[ShardKey, list[Done]] = {}
         self._committing = False
         self._commit_deferred = False
+        self._strips: deque[tuple[StripChange, Done]] = deque()
+        self._large_strips: deque[tuple[StripChange, Done]] = deque()
+        self._large_bytes = 0  # that are being written
+        self._strips_deferred = self._strips_running = False
         # Recovery sets these: shards that must not be used yet, what it has to know, what is flushed before the data.
         self.gate: Callable[[ShardKey], bool] | None = None
         self.removed: Callable[[ShardKey], None] = _ignore
@@ -129,8 +140,13 @@ class Shards:
             else:
                 done(0, None)
             return
-        durable = self.durable
-        before_flush = self.before_flush
+        self.write_plainly(key, offset, data, done)
+
+    def write_plainly(self, key: ShardKey, offset: int, data: Buffer, done: Done) -> None:
+        """As ``write``, always on a worker thread: the store may have to flush something first."""
+        if self.gate is not None and self._gated(key, done):
+            return
+        store, durable, before_flush = self.store, self.durable, self.before_flush
 
         def work() -> None:
             if durable:
@@ -192,7 +208,7 @@ class Shards:
     def _change(self, key: ShardKey, work: _Work, done: Done) -> None:
         lane = self._lanes.get(key)
         if lane is not None:
-            lane.append((work, done))
+            lane.append(lambda: self._start_change(key, work, done))
             return
         self._lanes[key] = deque()
         self._start_change(key, work, done)
@@ -200,14 +216,115 @@ class Shards:
     def _start_change(self, key: ShardKey, work: _Work, done: Done) -> None:
         def finished(error: Exception | None, value: Any) -> None:  # Any: whatever the work returns
             with self._outbox:
-                lane = self._lanes[key]
-                if lane:
-                    self._start_change(key, *lane.popleft())
-                else:
-                    del self._lanes[key]
+                self._leave_lane(key)
                 done(0 if error is None else self._failed(error), value)
 
         self._executor.submit(work, finished)
+
+    def _leave_lane(self, key: ShardKey) -> None:
+        lane = self._lanes[key]
+        if lane:
+            lane.popleft()()
+        else:
+            del self._lanes[key]
+
+    # ---- strips
+
+    def write_strip(self, change: StripChange, done: Done) -> None:
+        """Bytes of a strip are replaced; where the store has a journal they can be put back, even after a crash."""
+        key = change.record.key
+        if self.gate is not None and self._gated(key, done):
+            return
+        if not isinstance(self.store, JournaledStore):
+            self._write_pieces(change, done)
+            return
+        lane = self._lanes.get(key)
+        if lane is not None:
+            lane.append(lambda: self._add_strip(change, done))
+            return
+        self._lanes[key] = deque()
+        self._add_strip(change, done)
+
+    def _write_pieces(self, change: StripChange, done: Done) -> None:
+        key = change.record.key
+        if len(change.pieces) == 1:
+            ((offset, data),) = change.pieces
+            self.write(key, offset, data, done)
+            return
+        store, durable, before_flush = self.store, self.durable, self.before_flush
+
+        def work() -> None:
+            if durable:
+                before_flush()
+            for offset, data in change.pieces:
+                store.write(key, data, offset_bytes=offset, durable=False)
+            if durable:
+                store.sync((key,))
+
+        self._change(key, work, done)
+
+    def _add_strip(self, change: StripChange, done: Done) -> None:
+        """``change`` has its shard's lane."""
+        (self._strips if change.size_bytes <= INLINE_BYTES_MAX else self._large_strips).append((change, done))
+        self._start_strips_soon()
+
+    def _start_strips_soon(self) -> None:
+        if not self._strips_deferred:
+            # At the end of the pass, so that everything one receive brought is one append to the journal.
+            self._strips_deferred = True
+            self._outbox.defer(self._start_strips)
+
+    def _start_strips(self) -> None:
+        """Small changes go together, one batch at a time; large ones each on a thread of its own."""
+        self._strips_deferred = False
+        while self._large_strips:
+            size = self._large_strips[0][0].size_bytes
+            if self._large_bytes and self._large_bytes + size > LARGE_BYTES_MAX:
+                break
+            self._large_bytes += size
+            self._submit_strips([self._large_strips.popleft()])
+        while self._strips and not self._strips_running:
+            batch: list[tuple[StripChange, Done]] = []
+            size = 0
+            while self._strips and size <= SMALL_BYTES_MAX and len(batch) < SMALL_COUNT_MAX:
+                batch.append(self._strips.popleft())
+                size += batch[-1][0].size_bytes
+            store = self.store
+            assert isinstance(store, JournaledStore), "the store in use changes to one of the same kind"
+            changes = [change for change, _ in batch]
+            if store.ready_for(changes):
+                self._strips_written(batch, None, store.write_strips(changes))
+            else:
+                self._strips_running = True
+                self._submit_strips(batch)
+
+    def _submit_strips(self, batch: list[tuple[StripChange, Done]]) -> None:
+        store = self.store
+        assert isinstance(store, JournaledStore), "the store in use changes to one of the same kind"
+        changes = [change for change, _ in batch]
+
+        def finished(error: Exception | None, results: Any) -> None:  # Any: what write_strips returns
+            if changes[0].size_bytes > INLINE_BYTES_MAX:
+                self._large_bytes -= changes[0].size_bytes
+            else:
+                self._strips_running = False
+            self._strips_written(batch, error, results)
+
+        self._executor.submit(partial(self._write_strips, store, changes), finished)
+
+    def _write_strips(self, store: JournaledStore, changes: list[StripChange]) -> list[StoreError | None]:
+        if self.durable:
+            self.before_flush()
+        return store.write_strips(changes)
+
+    def _strips_written(self, batch: list[tuple[StripChange, Done]], error: Exception | None, results: Any) -> None:
+        with self._outbox:
+            for position, (change, done) in enumerate(batch):
+                failure = error or results[position]
+                self._leave_lane(change.record.key)
+                done(self._failed(failure) if failure else 0, None)
+            if self._strips or self._large_strips:
+                self._start_strips_soon()
 
     def _submit(self, work: _Work, done: Done) -> None:
         def finished(error: Exception | None, value: Any) -> None:  # Any: whatever the work returns

@@ -139,7 +139,7 @@ class Sheep:
         self.backend.recovery = self.recovery
         self.primary = Primary(self.state, shards, self.peers, self.placer, self.unsettled, self.recovery)
         self.gateway = Gateway(self.state, self.placer, self.primary, self.peers, shards, self.outbox, clock)
-        striped = Striped(self.state, self.primary, self.peers, shards)
+        striped = Striped(self.state, self.primary, self.peers, shards, int(clock.time()) & 0xFFFFFFFF)
         references = References(
             self.primary, self.gateway, drop_first=lambda: bool(self.state.flags & ClusterFlag.RECYCLE_VID)
         )
@@ -342,8 +342,10 @@ async def _run_sheep(
     from sheepdog.daemon.clock import SystemClock
     from sheepdog.daemon.executor import ThreadExecutor
     from sheepdog.daemon.journal import JournaledStore, start_journal
+    from sheepdog.daemon.journal_files import Left
     from sheepdog.daemon.recovery_notes import FileNotes
     from sheepdog.daemon.storedir import StoreDirectory, usable_disks
+    from sheepdog.daemon.strip_store import StripLog, StripStore
     from sheepdog.model.node import default_zone
 
     storedir = StoreDirectory(config.base)
@@ -358,20 +360,29 @@ async def _run_sheep(
     store_name = fixed or (disk_config.default_store if disk_config is not None else "") or "plain"
 
     journal: Journal | None = None
+    strips = StripLog(config.base, synced=not config.nosync)
 
-    def make_store(name: str, *, replacing: bool = True) -> ObjectStore:
-        made = plugins.make_object_store(name, StoreOptions(disks, direct_io=config.directio, replacing=replacing))
-        return made if journal is None else JournaledStore(made, journal)
+    def make_inner(name: str, *, replacing: bool = True) -> ObjectStore:
+        return plugins.make_object_store(name, StoreOptions(disks, direct_io=config.directio, replacing=replacing))
+
+    def make_store(name: str) -> ObjectStore:
+        made = make_inner(name)
+        return StripStore(made, strips) if journal is None else JournaledStore(made, journal)
 
     space = 0
     if not config.gateway:
         disks = usable_disks(config.disks, config.base)
-        store = make_store(store_name, replacing=disk_config is None or not disk_config.ctime)
-        journal = start_journal(
-            config, store, block_size_shift=disk_config.block_size_shift if disk_config is not None else 0
-        )
-        if journal is not None:
-            store = JournaledStore(store, journal)
+        inner = make_inner(store_name, replacing=disk_config is None or not disk_config.ctime)
+        shift = disk_config.block_size_shift if disk_config is not None else 0
+        strips.replay(inner, block_size_shift=shift)
+        left = Left(strips=strips.left.strips)
+        journal = start_journal(config, inner, block_size_shift=shift, left=left, leaving=strips.begin)
+        if journal is None:
+            strips.begin()
+            store = StripStore(inner, strips)
+        else:
+            strips.remove()
+            store = JournaledStore(inner, journal)
         space = (disk_config.space if disk_config is not None else 0) or store.usage().weight_bytes
     vnodes = 0 if config.gateway else config.vnodes or 128
     zone = config.zone if config.zone is not None else default_zone(identity.address)
@@ -404,6 +415,7 @@ async def _run_sheep(
     if store is not None and sheep.backend.store is not None:
         if journal is not None:
             journal.finish()
+        strips.finish()
         sheep.backend.store.close()
     notes.close()
     logger.info("shutdown")

@@ -1,28 +1,43 @@
 """Objects whose shards differ: erasure-coded reads and writes.
 
 The scheme (a plugin) says which bytes of which strips; this module moves them. Strip ``k`` belongs to the holder with
-placement index ``k``. Every write runs alone in the object's lane at its primary, so that the read-modify-write of a
-partial stripe sees no other writer.
+placement index ``k``.
+
+Writes of one object are made in *rounds*. A round runs alone in the object's lane at its primary, so that the
+read-modify-write of partial stripes sees no other writer. It takes all writes that came while the round before was
+under way, in their order: their stripes are read together, each holder gets one request with all pieces of its strip,
+and answers when one flush made them durable. So the more writes are waiting, the less each one costs. A round is one
+change: after a crash all of it stays, or all of it is taken back (``striped_undo``).
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias
+from itertools import pairwise
+from struct import Struct
+from typing import Any, NamedTuple, TypeAlias
 
-from sheepdog.contracts.redundancy import ShardRange
+from sheepdog.contracts.redundancy import RedundancyScheme, ShardRange
 from sheepdog.contracts.store import Buffer, ShardKey
 from sheepdog.daemon.peers import PeerPool
 from sheepdog.daemon.placement import Placement
 from sheepdog.daemon.primary import RETRYABLE, Done, FanOut, Primary
 from sheepdog.daemon.shards import Shards
 from sheepdog.daemon.state import SheepState
+from sheepdog.daemon.strip_memory import Pieces
 from sheepdog.daemon.striped_undo import StripUndo
-from sheepdog.wire.extensions import FORWARD_READ
+from sheepdog.wire.extensions import FORWARD_READ, STRIP_WRITE
 from sheepdog.wire.header import Response
 from sheepdog.wire.opcodes import Op
 from sheepdog.wire.results import Result
+
+ROUND_BYTES_MAX = 8 << 20  # of writes made together, so that what undoes them fits into the journals many times
+ROUND_WRITES_MAX = 128
+_COUNT = Struct("<H")
+_PIECE = Struct("<QI")
 
 ReadDone: TypeAlias = Callable[[int, Any], None]
 
@@ -30,17 +45,32 @@ ReadDone: TypeAlias = Callable[[int, Any], None]
 class Striped:
     """Moves the strips of erasure-coded objects."""
 
-    def __init__(self, state: SheepState, primary: Primary, peers: PeerPool, shards: Shards | None) -> None:
+    def __init__(
+        self,
+        state: SheepState,
+        primary: Primary,
+        peers: PeerPool,
+        shards: Shards | None,
+        start: int = 0,
+    ) -> None:
+        """:param start: of this process: a count that has grown since its last one."""
         self._state = state
         self._primary = primary
         self._peers = peers
         self._shards = shards
-        self.undo = StripUndo(state, primary, peers, shards)
+        self._waiting: dict[int, deque[Write]] = {}  # by oid, for the next round, which is in the lane
+        self.undo = StripUndo(state, primary, peers, shards, start)
 
     # ---- reads
 
     def read(self, oid: int, offset: int, length: int, placement: Placement, done: ReadDone) -> None:
-        """``done(SUCCESS, bytes)``. Bytes whose strips are missing are computed by the object's primary."""
+        """``done(SUCCESS, bytes)``. Bytes whose strips are missing are computed by the object's primary.
+
+        So is what may be out of step: a change that died half-way must not be seen before it is taken back.
+        """
+        if oid in self._primary.unsettled.oids:
+            self.read_computed(oid, offset, length, placement, done)
+            return
         _StripedRead(self, oid, offset, length, placement, done, compute=False).start()
 
     def read_computed(self, oid: int, offset: int, length: int, placement: Placement, done: ReadDone) -> None:
@@ -105,39 +135,107 @@ class Striped:
 
     def write(self, oid: int, offset: int, data: Buffer, placement: Placement, done: Done) -> None:
         """Bytes of an existing object are replaced, and its parity with them."""
-        self._primary.enter(oid, True, lambda finish: self._write_now(oid, offset, data, placement, finish), done)
+        if len(data) > ROUND_BYTES_MAX:
+            self._write_in_parts(oid, offset, memoryview(data), placement, done)
+            return
+        waiting = self._waiting.get(oid)
+        if waiting is not None:
+            waiting.append(Write(offset, data, placement, done))
+            return
+        self._waiting[oid] = deque((Write(offset, data, placement, done),))
+        self._enter(oid)
 
-    def _write_now(self, oid: int, offset: int, data: Buffer, placement: Placement, done: Done) -> None:
+    def _write_in_parts(self, oid: int, offset: int, data: memoryview, placement: Placement, done: Done) -> None:
+        """What is too much for one round, in several."""
+        cuts = [0, *range(ROUND_BYTES_MAX - offset % ROUND_BYTES_MAX, len(data), ROUND_BYTES_MAX), len(data)]
+        left = len(cuts) - 1
+        worst = 0
+
+        def one(result: int) -> None:
+            nonlocal left, worst
+            left -= 1
+            if result and (not worst or worst in RETRYABLE):
+                worst = result
+            if not left:
+                done(worst)
+
+        for start, end in pairwise(cuts):
+            self.write(oid, offset + start, data[start:end], placement, one)
+
+    def _enter(self, oid: int) -> None:
+        """The next round of the object is in its lane."""
+        round_: list[Write] = []
+
+        def start(finish: Done) -> None:
+            waiting = self._waiting[oid]
+            placement = waiting[0].placement
+            size = 0
+            while (
+                waiting
+                and waiting[0].placement is placement
+                and len(round_) < ROUND_WRITES_MAX
+                and (not round_ or size + len(waiting[0].data) <= ROUND_BYTES_MAX)
+            ):
+                round_.append(waiting.popleft())
+                size += len(round_[-1].data)
+            self._write_now(oid, round_, placement, finish)
+
+        def done(result: int) -> None:
+            if self._waiting[oid]:
+                self._enter(oid)
+            else:
+                del self._waiting[oid]
+            for write in round_:
+                write.done(result)
+
+        self._primary.enter(oid, True, start, done)
+
+    def _write_now(self, oid: int, round_: list[Write], placement: Placement, done: Done) -> None:
         recovery = self._primary.recovery
         if recovery is None or recovery.mender is None or not recovery.must_mend(oid):
-            self._write_whole(oid, offset, data, placement, done)
+            self._write_whole(oid, round_, placement, done)
             return
 
         def mended(result: int) -> None:
             if result:
                 done(result)
             else:
-                self._write_whole(oid, offset, data, placement, done)
+                self._write_whole(oid, round_, placement, done)
 
         # Strips that are missing are computed from strips of the same version, so before one is changed.
         recovery.mender.settle(oid, mended)
 
-    def _write_whole(self, oid: int, offset: int, data: Buffer, placement: Placement, done: Done) -> None:
+    def _write_whole(self, oid: int, round_: list[Write], placement: Placement, done: Done) -> None:
+        """The round as whole stripes; what of them nobody writes is read before."""
         scheme = placement.scheme
-        wide_offset, wide_length = scheme.widen(offset, len(data))
-        if (wide_offset, wide_length) == (offset, len(data)):
-            self._send(Op.WRITE_PEER, oid, offset, data, placement, done)
-            return
-
-        def merge(result: int, old: Any) -> None:  # Any: the bytes on success
-            if result:
-                done(result)
+        if len(round_) == 1:
+            offset, data = round_[0].offset, round_[0].data
+            if scheme.widen(offset, len(data)) == (offset, len(data)):
+                self._send(Op.WRITE_PEER, oid, [(offset, data)], placement, done)
                 return
-            merged = bytearray(old)
-            merged[offset - wide_offset : offset - wide_offset + len(data)] = data
-            self._send(Op.WRITE_PEER, oid, wide_offset, merged, placement, done)
+        segments = _Segments(round_, scheme)
+        left = len(segments.to_read) + 1
+        worst = 0
 
-        self._read_alone(oid, wide_offset, wide_length, placement, merge)
+        def one(offset: int, result: int, old: Any) -> None:  # Any: the bytes on success
+            nonlocal left, worst
+            left -= 1
+            if result:
+                worst = worst or result
+            elif old is not None:
+                segments.fill(offset, old)
+            if left:
+                return
+            if worst:
+                done(worst)
+                return
+            for write in round_:
+                segments.fill(write.offset, write.data)
+            self._send(Op.WRITE_PEER, oid, segments.made, placement, done)
+
+        for offset, length in segments.to_read:
+            self._read_alone(oid, offset, length, placement, partial(one, offset))
+        one(0, 0, None)
 
     def create_now(self, oid: int, offset: int, data: Buffer, placement: Placement, done: Done) -> None:
         """The object exists as strips: ``data``, zeros elsewhere. For a caller that is alone in the lane."""
@@ -148,9 +246,13 @@ class Striped:
             padded = bytearray(wide_length)
             padded[offset - wide_offset : offset - wide_offset + len(data)] = data
             data = padded
-        self._send(Op.CREATE_AND_WRITE_PEER, oid, wide_offset, data, placement, done)
+        self._send(Op.CREATE_AND_WRITE_PEER, oid, [(wide_offset, data)], placement, done)
 
-    def _send(self, op: Op, oid: int, offset: int, data: Buffer, placement: Placement, done: Done) -> None:
+    def _send(self, op: Op, oid: int, parts: list[tuple[int, Buffer]], placement: Placement, done: Done) -> None:
+        """Every holder gets its pieces of the parts, which are whole stripes.
+
+        :param op: CREATE_AND_WRITE_PEER, which takes one part, or WRITE_PEER.
+        """
         scheme = placement.scheme
         holders = placement.holders
         if len(holders) < scheme.shards_to_read:
@@ -160,32 +262,121 @@ class Striped:
         if refused:
             done(refused)
             return
+        strangers = self.undo.strangers(holders) if op is Op.WRITE_PEER else None
+        if strangers:
+
+            def introduced(result: int) -> None:
+                if result:
+                    done(result)
+                else:
+                    self._send(op, oid, parts, placement, done)
+
+            self.undo.introduce(strangers, introduced)
+            return
         epoch = self._state.epoch
         shard_bytes = placement.shard_bytes
         fan = FanOut(len(holders), self._primary.unsettled, oid, done)
         number = self.undo.number(fan.sequence)
         if op is Op.CREATE_AND_WRITE_PEER:
             self.undo.forget(oid)
-        for write in scheme.split(data, offset_bytes=offset)[: len(holders)]:
-            node = holders[write.index]
-            if node == self._state.me.id:
-                shards = self._primary.shards
-                key = ShardKey(oid, write.index)
-
-                def stored(result: int, _: object) -> None:
-                    fan.one(self._primary.ended_at(epoch, result))
-
-                if op is Op.CREATE_AND_WRITE_PEER:
-                    shards.create(key, write.offset_bytes, write.data, shard_bytes, False, stored)
-                else:
-                    low_water = self._primary.unsettled.low_water
-                    self.undo.write(key, write.offset_bytes, write.data, number, low_water, holders, stored)
-            else:
+        strips: list[list[tuple[int, Buffer]]] = [[] for _ in holders]
+        for offset, data in parts:
+            for write in scheme.split(data, offset_bytes=offset)[: len(holders)]:
+                strips[write.index].append((write.offset_bytes, write.data))
+        low_water = self._primary.unsettled.low_water
+        for index, pieces in enumerate(strips):
+            node = holders[index]
+            ((offset, body),) = pieces if len(pieces) == 1 else ((0, pack_pieces(pieces)),)
+            if node != self._state.me.id:
                 self._peers.link(node).object_request(
-                    op, epoch, oid, fan.answered, ec_index=write.index, copies=placement.copies,
-                    copy_policy=placement.policy, offset=write.offset_bytes, body=write.data,
-                    cow_oid=number, tail=self._primary.unsettled.low_water,
+                    op if len(pieces) == 1 else STRIP_WRITE, epoch, oid, fan.answered, ec_index=index,
+                    copies=placement.copies, copy_policy=placement.policy, offset=offset, body=body,
+                    cow_oid=number, tail=low_water, tgt_epoch=self.undo.start,
                 )  # fmt: skip
+                continue
+            key = ShardKey(oid, index)
+
+            def stored(result: int, _: object) -> None:
+                fan.one(self._primary.ended_at(epoch, result))
+
+            if op is Op.CREATE_AND_WRITE_PEER:
+                self._primary.shards.create(key, offset, body, shard_bytes, False, stored)
+            else:
+                self.undo.write(key, tuple(pieces), number, self.undo.start, low_water, holders, stored)
+
+
+class Write(NamedTuple):
+    """A write that waits for its round."""
+
+    offset: int
+    data: Buffer
+    placement: Placement
+    done: Done
+
+
+class _Segments:
+    """The whole stripes that some writes touch, each once, in buffers."""
+
+    __slots__ = ("_starts", "made", "to_read")
+
+    def __init__(self, writes: list[Write], scheme: RedundancyScheme) -> None:
+        partial_stripes: list[tuple[int, int]] = []
+        wide: list[tuple[int, int]] = []
+        for write in writes:
+            start, length = scheme.widen(write.offset, len(write.data))
+            wide.append((start, start + length))
+            if start != write.offset:
+                partial_stripes.append(_span(scheme.widen(start, 1)))
+            end = write.offset + len(write.data)
+            if start + length != end:
+                partial_stripes.append(_span(scheme.widen(end, 1)))
+        self.to_read = [(start, end - start) for start, end in _merged(partial_stripes)]
+        self.made: list[tuple[int, Buffer]] = [(start, bytearray(end - start)) for start, end in _merged(wide)]
+        self._starts = [start for start, _ in self.made]
+
+    def fill(self, offset: int, data: Buffer) -> None:
+        """``data`` is at its place; it lies in one segment."""
+        start, buffer = self.made[bisect_right(self._starts, offset) - 1]
+        assert isinstance(buffer, bytearray) and offset + len(data) <= start + len(buffer), (offset, len(data), start)
+        buffer[offset - start : offset - start + len(data)] = data
+
+
+def _span(place: tuple[int, int]) -> tuple[int, int]:
+    return place[0], place[0] + place[1]
+
+
+def _merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans (start, end) that cover the same, in order, without one touching another."""
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def pack_pieces(pieces: list[tuple[int, Buffer]]) -> bytes:
+    """The body of a STRIP_WRITE."""
+    heads = (_PIECE.pack(offset, len(data)) for offset, data in pieces)
+    return b"".join((_COUNT.pack(len(pieces)), *heads, *(data for _, data in pieces)))
+
+
+def unpack_pieces(body: Buffer) -> Pieces | None:
+    """The pieces in the body of a STRIP_WRITE; ``None`` when it is none."""
+    view = memoryview(body)
+    if len(view) < _COUNT.size:
+        return None
+    (count,) = _COUNT.unpack_from(view)
+    at = _COUNT.size + count * _PIECE.size
+    if not 0 < count <= ROUND_WRITES_MAX or at > len(view):
+        return None
+    pieces = []
+    for index in range(count):
+        offset, length = _PIECE.unpack_from(view, _COUNT.size + index * _PIECE.size)
+        pieces.append((offset, view[at : at + length]))
+        at += length
+    return tuple(pieces) if at == len(view) else None
 
 
 class _StripedRead:

@@ -6,25 +6,28 @@ keeps, for each object, what the bytes of its strip were before the last change,
 change. When the object is settled (``recovery_settle``), and before anything is computed from its strips, the primary
 asks the members for these records:
 
-* every present holder of that change has it: it may have been acknowledged, and stays. A holder whose process began
-  after the change has no memory of it and is not counted;
+* every present holder of that change has it whole: it may have been acknowledged, and stays. A holder that does not
+  know the primary of the change is not counted: its memory began later;
 * somebody knows that it is complete: it stays;
-* otherwise nobody was told that it succeeded: those who have it put the old bytes back.
+* otherwise nobody was told that it succeeded: those who have it, or a part of it, put the old bytes back.
 
 A record goes when the next change of the object replaces it, or when it is decided. A number consists of 32 bits
 drawn at random by the primary when it starts, and its own count of changes; with each change it tells below which
 count all are complete (the low-water mark), so a holder that has dropped its record knows that the change was
 complete.
 
-Records are in memory. When all holders die at once there are none, and the data strips count as they are: the parity is
-computed from them (``recovery_settle``).
+Records are in memory, and in a journal of which they are read back after a crash (``strip_store``, ``journal``). That a
+holder has no record of a change means something only if its memory goes back so far: it may have a new disk, or have
+been stopped in order meanwhile. So a primary introduces itself to each holder, once in every epoch, before the first
+change; what it says is in the journal as well, and a holder that has not heard of a primary does not testify against
+its changes.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from struct import Struct
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -32,13 +35,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import anyio
 
 from sheepdog.contracts.store import Buffer, ObjectStore, ShardKey
+from sheepdog.daemon.journal import JournaledStore
 from sheepdog.daemon.peers import PeerPool
 from sheepdog.daemon.shards import Shards
 from sheepdog.daemon.state import SheepState
+from sheepdog.daemon.strip_memory import (
+    COUNT_MASK,
+    NODE_PACKED_BYTES,
+    Pieces,
+    Record,
+    StripChange,
+    StripMemory,
+    unpack_nodes,
+)
+from sheepdog.daemon.strip_store import strips_of
 from sheepdog.errors import ObjectNotFound, StoreBusy
-from sheepdog.model.clusterinfo import ClusterStatus
 from sheepdog.model.node import NodeId
-from sheepdog.wire.extensions import STRIP_DECIDE, STRIP_STATE
+from sheepdog.wire.extensions import STRIP_DECIDE, STRIP_HELLO, STRIP_STATE
 from sheepdog.wire.header import Response
 from sheepdog.wire.results import Result
 
@@ -49,29 +62,10 @@ logger = logging.getLogger(__name__)
 
 Done: TypeAlias = Callable[[int, Any], None]  # Any: whatever the operation gives
 
-RECORDS_MAX = 1 << 16
-RECORD_BYTES_MAX = 64 << 20  # of old strips together; beyond, those of complete changes go first
-NODE_PACKED_BYTES = 40
-# number, epoch, first epoch of this process, is the number that was asked for complete?, count of holders
-_STATE = Struct("<QIIBB")
+# number, epoch, start of the primary, is the strip whole?; of the number asked for: is its primary known, is it
+# complete?; count of holders
+_STATE = Struct("<QIIBBBB")
 STATE_BYTES_MAX = _STATE.size + 31 * NODE_PACKED_BYTES
-COUNT_MASK = 0xFFFFFFFF
-
-
-class Record(NamedTuple):
-    """What a strip was before one change of its object."""
-
-    number: int
-    epoch: int
-    key: ShardKey
-    offset: int
-    old: Buffer
-    holders: tuple[NodeId, ...]  # all that the change was sent to
-
-    @property
-    def age(self) -> tuple[int, int]:
-        """Grows with each change of one object."""
-        return self.epoch, self.number & COUNT_MASK
 
 
 class StripState(NamedTuple):
@@ -79,35 +73,51 @@ class StripState(NamedTuple):
 
     number: int  # of its record, 0 for none
     epoch: int
-    since: int  # the first epoch that the process took part in, 0 for none so far
+    start: int
+    whole: bool  # the strip is as after that change
+    knows: bool  # it would have a record of the change that was asked for, had it got it as the last one
     complete: bool  # the change that was asked for is known to be complete
     holders: tuple[NodeId, ...]
 
     @property
-    def age(self) -> tuple[int, int]:
-        return self.epoch, self.number & COUNT_MASK
+    def age(self) -> tuple[int, int, int]:
+        """Grows with each change of one object."""
+        return self.epoch, self.start, self.number & COUNT_MASK
+
+    def has(self, last: StripState) -> bool:
+        """The strip is as after the change that ``last`` tells of."""
+        return self.number == last.number and self.whole
 
 
 class StripUndo:
     """The records of one sheep, and what it asks of others as a primary."""
 
-    def __init__(self, state: SheepState, primary: Primary, peers: PeerPool, shards: Shards | None) -> None:
+    def __init__(
+        self,
+        state: SheepState,
+        primary: Primary,
+        peers: PeerPool,
+        shards: Shards | None,
+        start: int = 0,
+    ) -> None:
+        """:param start: of this process: a count that has grown since its last one."""
         self._state = state
+        self.start = start
         self._primary = primary
         self._peers = peers
         self._shards = shards
-        self._records: dict[int, Record] = {}  # by oid, the change that was touched last at the end
-        self._bytes = 0
-        self._marks: dict[int, int] = {}  # random part of a number -> every smaller count is complete
-        self._kept: dict[int, int] = {}  # oid -> the last change that was decided to stay
-        self._since = 0
+        self.memory = strips_of(shards.store) if shards is not None else StripMemory()
+        self._introduced: set[NodeId] = set()  # in this epoch
+        self._epoch = 0
         state.observe(self._state_changed)
         # Not from Services: it only has to differ from that of any other start of any sheep.
         self._base = random.SystemRandom().getrandbits(31) << 32 | 1 << 63
 
     def _state_changed(self) -> None:
-        if not self._since and self._state.status is ClusterStatus.OK:
-            self._since = self._state.epoch
+        """With a new epoch somebody may be there who has forgotten us."""
+        if self._state.epoch != self._epoch:
+            self._epoch = self._state.epoch
+            self._introduced.clear()
 
     # ---- as primary: numbers
 
@@ -115,91 +125,144 @@ class StripUndo:
         """The number of a change of ours, given its place in our count."""
         return self._base | sequence
 
+    def strangers(self, nodes: Iterable[NodeId]) -> list[NodeId]:
+        """Those that may not know us yet."""
+        return [node for node in nodes if node not in self._introduced]
+
+    def introduce(self, nodes: list[NodeId], done: Callable[[int], None]) -> None:
+        """These know that changes of ours are to come, and will know it after a crash."""
+        state = self._state
+        epoch = state.epoch
+        left = len(nodes)
+        worst = 0
+
+        def one(node: NodeId, result: int, _: object = None) -> None:
+            nonlocal left, worst
+            left -= 1
+            if result:
+                worst = worst or result
+            elif state.epoch == epoch:
+                self._introduced.add(node)
+            if not left:
+                done(worst)
+
+        def answered(node: NodeId, response: Response) -> None:
+            one(node, response.result)
+
+        low_water = self._primary.unsettled.low_water
+        for node in nodes:
+            if node == state.me.id:
+                self.meet(self._base, low_water, partial(one, node))
+            else:
+                self._peers.link(node).object_request(
+                    STRIP_HELLO, epoch, 0, partial(answered, node), cow_oid=self._base, tail=low_water
+                )
+
     # ---- as holder
+
+    def meet(self, base: int, low_water: int, done: Done) -> None:
+        """Changes of a primary are to come: from now on it means something that one of them is not on record here."""
+        self.memory.mark(base >> 32, low_water)
+        shards = self._shards
+        if shards is not None and isinstance(store := shards.store, JournaledStore):
+            shards.submit(partial(store.meet_primary, base >> 32, low_water), done)
+        else:
+            done(0, None)
 
     def write(
         self,
         key: ShardKey,
-        offset: int,
-        data: Buffer,
+        pieces: Pieces,
         number: int,
+        start: int,
         low_water: int,
         holders: tuple[NodeId, ...],
         done: Done,
     ) -> None:
-        """Bytes of a strip are replaced, and can be put back."""
+        """Bytes of a strip are replaced, and can be put back.
+
+        :param pieces: one or more; they do not overlap.
+        """
         shards = self._shards
         assert shards is not None, "a sheep with strips has a store"
-        epoch = self._state.epoch
+        state = self._state
+        epoch = state.epoch
+        if not number:  # a piece of a strip that is being brought whole
+            self.forget(key.oid)
+            for offset, data in pieces:
+                shards.write_plainly(key, offset, data, done)
+            return
+        old: list[Buffer] = [b""] * len(pieces)
+        worst = 0
+        left = len(pieces) + 1
 
-        def old_read(result: int, old: Any) -> None:  # Any: the bytes on success
+        def one(place: int, result: int, data: Any) -> None:  # Any: the bytes on success
+            nonlocal worst, left
+            left -= 1
             if result:
-                done(result, None)
+                worst = worst or result
+            elif place >= 0:
+                old[place] = data
+            if left:
                 return
-            self._keep(Record(number, epoch, key, offset, old, holders))
-            shards.write(key, offset, data, stored)
+            if state.epoch != epoch:
+                # Whether the change is here may have been asked meanwhile, and the answer was no.
+                worst = worst or Result.OLD_NODE_VER
+            if worst:
+                done(worst, None)
+                return
+            before = tuple((offset, former) for (offset, _), former in zip(pieces, old, strict=True))
+            record = Record(number, epoch, start, key, before, holders)
+            self.memory.note(record, low_water)
+            shards.write_strip(StripChange(record, low_water, pieces), stored)
 
         def stored(result: int, _: object) -> None:
             if result:
                 self.forget(key.oid)  # nothing was written here
             done(result, None)
 
-        if number:
-            self._marks[number >> 32] = low_water
-            shards.read(key, offset, len(data), old_read)
-        else:
-            self.forget(key.oid)
-            shards.write(key, offset, data, done)
-
-    def _keep(self, record: Record) -> None:
-        oid = record.key.oid
-        self.forget(oid)
-        self._records[oid] = record
-        self._bytes += len(record.old)
-        if self._bytes <= RECORD_BYTES_MAX and len(self._records) <= RECORDS_MAX:
-            return
-        for other in list(self._records.values()):
-            if self._bytes <= RECORD_BYTES_MAX // 2 and len(self._records) <= RECORDS_MAX // 2:
-                break
-            if self._known_complete(other.key.oid, other.number):
-                self.forget(other.key.oid)
+        for place, (offset, data) in enumerate(pieces):
+            shards.read(key, offset, len(data), partial(one, place))
+        one(-1, 0, None)
 
     def forget(self, oid: int) -> None:
         """The object was made anew, removed or decided upon."""
-        record = self._records.pop(oid, None)
-        if record is not None:
-            self._bytes -= len(record.old)
+        self.memory.drop(oid)
 
     def _known_complete(self, oid: int, number: int) -> bool:
-        if self._kept.get(oid) == number:
-            return True
-        if number & ~COUNT_MASK == self._base:
-            mark: int | None = self._primary.unsettled.low_water
-        else:
-            mark = self._marks.get(number >> 32)
-        return mark is not None and 0 < ((mark - number) & COUNT_MASK) < 0x80000000
+        self.memory.mark(self._base >> 32, self._primary.unsettled.low_water)
+        return self.memory.complete(oid, number)
 
     def state_of(self, oid: int, asked: int) -> bytes:
         """The answer to STRIP_STATE."""
-        record = self._records.get(oid)
+        record = self.memory.records.get(oid)
         complete = bool(asked) and self._known_complete(oid, asked)
+        knows = asked >> 32 in self.memory.marks
         if record is None:
-            return _STATE.pack(0, 0, self._since, complete, 0)
-        head = _STATE.pack(record.number, record.epoch, self._since, complete, len(record.holders))
+            return _STATE.pack(0, 0, 0, False, knows, complete, 0)
+        head = _STATE.pack(
+            record.number, record.epoch, record.start, record.whole, knows, complete, len(record.holders)
+        )
         return head + b"".join(node.pack() for node in record.holders)
 
     def decide(self, oid: int, number: int, stays: bool, done: Done) -> None:
         """The change stays, or is taken back here. Any other change of the object of which we have a record stays."""
-        record = self._records.get(oid)
+        shards = self._shards
+        record = self.memory.records.get(oid)
+        if not stays and record is not None and record.number != number:
+            number, stays = record.number, True  # the one before, which was complete when the other one began
         if stays:
-            if len(self._kept) >= RECORDS_MAX:
-                del self._kept[next(iter(self._kept))]
-            self._kept[oid] = number
-        if record is None or record.number != number or stays:
-            self.forget(oid)
+            self.memory.keep(oid, number)
+            if shards is not None and isinstance(store := shards.store, JournaledStore):
+                # After the change itself, which may be on its way to the journal still.
+                key = record.key if record is not None else ShardKey(oid)
+                shards.run(key, partial(store.keep_strip, oid, number), done)
+            else:
+                done(0, None)
+            return
+        if record is None:
             done(0, None)
             return
-        shards = self._shards
         assert shards is not None, "a record is of a strip that is stored here"
         store = shards.store
         durable = shards.durable
@@ -259,28 +322,31 @@ class StripUndo:
 
 
 def _unpack(body: Buffer) -> StripState:
-    number, epoch, since, complete, count = _STATE.unpack_from(body)
-    at = _STATE.size
-    holders = tuple(
-        NodeId.unpack(bytes(body[at + index * NODE_PACKED_BYTES : at + (index + 1) * NODE_PACKED_BYTES]))
-        for index in range(count)
-    )
-    return StripState(number, epoch, since, bool(complete), holders)
+    number, epoch, start, whole, knows, complete, count = _STATE.unpack_from(body)
+    holders = unpack_nodes(body, _STATE.size, count)
+    return StripState(number, epoch, start, bool(whole), bool(knows), bool(complete), holders)
 
 
 def _put_back(store: ObjectStore, record: Record, durable: bool) -> None:
     """The strip has its old bytes, be it live or set aside meanwhile. On a worker thread."""
     key = record.key
+
+    def write() -> None:
+        for offset, old in record.pieces:
+            store.write(key, old, offset_bytes=offset, durable=durable)
+        if isinstance(store, JournaledStore):
+            store.drop_strip(key)
+
     for _ in range(3):  # it may be set aside between two looks
         try:
-            store.write(key, record.old, offset_bytes=record.offset, durable=durable)
+            write()
             return
         except ObjectNotFound:
             pass
         aside = max((epoch for stale, epoch in store.stale_keys() if stale == key), default=None)
         if aside is not None:
             store.revive(key, aside)
-            store.write(key, record.old, offset_bytes=record.offset, durable=durable)
+            write()
             store.retire(key, aside)
             return
         if not store.exists(key):
@@ -331,18 +397,15 @@ class _Resolve:
             self._done(0)
             return
         last = max(with_record, key=lambda state: state.age)
-        lacking = any(
-            state.number != last.number and node in last.holders and 0 < state.since <= last.epoch
-            for node, state in self._states.items()
-        )
-        if not lacking:
+        if all(state.has(last) for node, state in self._states.items() if node in last.holders):
             self._tell(last.number, True)
             return
         self._ask(list(self._states), last.number, lambda: self._judge(last))
 
     def _judge(self, last: StripState) -> None:
-        complete = any(state.complete for state in self._states.values())
-        self._tell(last.number, complete)
+        states = self._states
+        lacking = any(not state.has(last) and node in last.holders and state.knows for node, state in states.items())
+        self._tell(last.number, not lacking or any(state.complete for state in states.values()))
 
     def _tell(self, number: int, stays: bool) -> None:
         nodes = [node for node, state in sorted(self._states.items()) if state.number or stays]
@@ -360,7 +423,7 @@ class _Resolve:
 def register(
     undo: StripUndo, path: Callable[[int, Callable[[Any, Any], None]], None], answer: Callable[..., Done]
 ) -> None:
-    """The two peer operations are served.
+    """The peer operations are served.
 
     :param path: registers a handler of (connection, request).
     :param answer: makes what replies to a request.
@@ -372,5 +435,9 @@ def register(
     def decide(connection: Any, request: Any) -> None:  # Any: as above
         undo.decide(request.oid, request.cow_oid, bool(request.tgt_epoch), answer(connection, request))
 
+    def hello(connection: Any, request: Any) -> None:  # Any: as above
+        undo.meet(request.cow_oid, request.tail, answer(connection, request))
+
     path(STRIP_STATE, state)
+    path(STRIP_HELLO, hello)
     path(STRIP_DECIDE, decide)

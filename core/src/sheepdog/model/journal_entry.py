@@ -50,6 +50,10 @@ class JournalKind(IntEnum):
     STORE = 0
     REMOVE = 2
     FORGET = 4  # ours: what was journaled of this shard before must not be replayed (it is on the disk, or set aside)
+    UNDO = 5  # ours: what a strip was before a change, and perhaps what it is after it (daemon/strip_memory)
+    DONE = 8  # ours: the strip is as after the change with the number in ``offset``
+    STRIPS = 6  # ours: which changes of strips are complete
+    DROPPED = 7  # ours: the change of the strip that is on record cannot be taken back any more
 
 
 _KINDS = frozenset(JournalKind)

@@ -28,4 +28,6 @@ REPAIR_NEEDLESS = 1
 RECOVERY_POINT = 0xEA  # answer: the last epoch of which everybody has everything (recovery_fetch.VERSION)
 STRIP_STATE = 0xEB  # which change of the strip of oid is on record; cow_oid: a change, is it known to be complete?
 STRIP_DECIDE = 0xEC  # the change cow_oid of oid stays (tgt_epoch 1) or is taken back (0)
+STRIP_WRITE = 0xEE  # as WRITE_PEER, several pieces of one strip at once (daemon/striped.py)
+STRIP_HELLO = 0xEF  # changes of strips with the upper half of the number cow_oid will come; tail: as LOW_WATER
 FORWARD_READ = 0xED  # a gateway asks the object's primary for bytes that must be computed from strips

@@ -1,0 +1,231 @@
+"""Erasure-coded strips without ``-j``: a journal of their own, so that a change of stripes can be taken back.
+
+A change of a strip in place is the only one that needs what was there before. A small one is journaled with its old and
+its new bytes: one sequential write for all that are waiting, and the strip itself is flushed when a file of the journal
+is full. Of a large one the old bytes are journaled, then the strip is written and flushed. With ``-n`` nothing is
+flushed: the entries lie in the page cache, where the death of the process leaves them.
+
+The files (``strip_log0`` and ``strip_log1`` in the base directory) are made when the first strip is changed, and gone
+after a clean end. Whatever else happens to a shard (it is made anew, removed, set aside) first sees to it that nothing
+journaled of it is replayed later.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+
+from sheepdog.contracts.store import REPLICA, Buffer, ObjectStore, ShardKey
+from sheepdog.daemon import journal_files
+from sheepdog.daemon.journal import DEFAULT_SHIFT, Journal, JournaledStore, left_journal
+from sheepdog.daemon.journal_files import STRIPS, Left, file_paths
+from sheepdog.daemon.strip_memory import StripChange, StripMemory
+from sheepdog.errors import ConfigError, StoreError
+from sheepdog.model.journal_entry import JournalKind, entry_bytes
+
+logger = logging.getLogger(__name__)
+
+LOG_BYTES = 64 << 20  # both files
+REDO_BYTES_MAX = 64 << 10  # of one strip; above, flushing the strip costs less than writing it twice
+INLINE_BYTES_MAX = 64 << 10
+
+
+class StripLog:
+    """The journal of strips, made when it is needed. Thread-safe."""
+
+    def __init__(self, directory: str, *, synced: bool, size_bytes: int = LOG_BYTES) -> None:
+        """
+        :param synced: entries survive power loss, otherwise the end of the process.
+        """
+        self._directory = directory
+        self.synced = synced
+        self._size_bytes = size_bytes
+        self._lock = threading.Lock()
+        self._made: Journal | None = None
+        self._given_up = False
+        self._flush: Callable[[Iterable[ShardKey]], None] = _flush_nothing
+        self.left = Left()
+
+    def replay(self, store: ObjectStore, *, block_size_shift: int) -> None:
+        """What a crash left is in the store, and in ``left``.
+
+        :raises ConfigError: it cannot be read, or there is no space.
+        """
+        if left_journal(self._directory, STRIPS):
+            journal_files.replay(
+                self._directory, store, block_size_shift=block_size_shift or DEFAULT_SHIFT, name=STRIPS, left=self.left
+            )
+
+    def begin(self, left: Left | None = None) -> None:
+        """What was left, here or (``left``) in a journal for everything, is in the new log, if it is anything.
+
+        :raises ConfigError: there is no space.
+        """
+        if left is not None:
+            self.left.strips = left.strips
+        if self._made is None and (left_journal(self._directory, STRIPS) or self.left.strips.marks):
+            self._made = self._make()
+
+    def remove(self) -> None:
+        """No file is there; for after something else has taken over what they say."""
+        for path in file_paths(self._directory, STRIPS):
+            if os.path.exists(path):
+                os.unlink(path)
+
+    def _make(self) -> Journal:
+        made = Journal(self._directory, self._size_bytes, name=STRIPS, synced=self.synced, left=self.left)
+        made.serve(self._flush)
+        return made
+
+    def serve(self, flush: Callable[[Iterable[ShardKey]], None]) -> None:
+        """``flush`` makes durable what was applied to some shards."""
+        self._flush = flush
+        if self._made is not None:
+            self._made.serve(flush)
+
+    @property
+    def made(self) -> Journal | None:
+        """The journal if there is one already."""
+        return self._made
+
+    def get(self) -> Journal | None:
+        """The journal; ``None`` when there cannot be one."""
+        with self._lock:
+            if self._made is None and not self._given_up:
+                try:
+                    self._made = self._make()
+                except ConfigError as error:
+                    logger.error("%s; changes of strips cannot be taken back after a crash", error)
+                    self._given_up = True
+            return self._made
+
+    def finish(self) -> None:
+        """A clean end: the shards have everything, and the files are gone."""
+        if self._made is not None:
+            self._made.finish()
+
+
+class StripStore(JournaledStore):
+    """A store whose strips have a journal."""
+
+    def __init__(self, inner: ObjectStore, log: StripLog) -> None:
+        self.inner = inner
+        self._log = log
+        self.strips_left = log.left.strips if log.made is None else log.made.strips()
+        log.serve(self._flush if log.synced else _flush_nothing)
+
+    @property
+    def _journal(self) -> Journal:
+        journal = self._log.made
+        assert journal is not None, "used only where there is one"
+        return journal
+
+    def _void(self, key: ShardKey, *, gone: bool = False) -> None:
+        """Nothing journaled of the shard is replayed over what comes now.
+
+        :param gone: nor is the last change of it taken back.
+        """
+        journal = self._log.made
+        if key.index == REPLICA or journal is None or journal.failed:
+            return
+        number = journal.drop_strip(key) if gone else 0
+        if self._log.synced and journal.mentions(key):
+            self.inner.sync([key])
+            number = journal.add(JournalKind.FORGET, key)
+        if number:
+            journal.commit()
+
+    # ---- changes
+
+    def create(
+        self, key: ShardKey, data: Buffer, *, offset_bytes: int, size_bytes: int, sparse: bool, durable: bool
+    ) -> None:
+        self._void(key, gone=True)
+        self.inner.create(key, data, offset_bytes=offset_bytes, size_bytes=size_bytes, sparse=sparse, durable=durable)
+
+    def write(self, key: ShardKey, data: Buffer, *, offset_bytes: int, durable: bool) -> None:
+        self._void(key)
+        self.inner.write(key, data, offset_bytes=offset_bytes, durable=durable)
+
+    def remove(self, key: ShardKey) -> None:
+        self._void(key, gone=True)
+        self.inner.remove(key)
+
+    def retire(self, key: ShardKey, epoch: int) -> None:
+        self._void(key)
+        self.inner.retire(key, epoch)
+
+    def revive(self, key: ShardKey, epoch: int) -> None:
+        self._void(key)
+        self.inner.revive(key, epoch)
+
+    def wipe(self) -> None:
+        self.inner.wipe()
+        if self._log.made is not None:
+            self._log.made.reset()
+
+    def sync(self, keys: Iterable[ShardKey]) -> None:
+        self.inner.sync(keys)
+
+    # ---- strips
+
+    def write_strips(self, changes: Sequence[StripChange]) -> list[StoreError | None]:
+        if self._log.get() is None:
+            return [self._change(change, False) for change in changes]
+        return super().write_strips(changes)
+
+    def ready_for(self, changes: Sequence[StripChange]) -> bool:
+        journal = self._log.made
+        if self._log.synced or journal is None:
+            return False
+        length = sum(change.size_bytes for change in changes)
+        # Old bytes, and what is around them in an entry.
+        return length <= INLINE_BYTES_MAX and journal.ready(length + len(changes) * entry_bytes(4096))
+
+    def _before_unjournaled(self, key: ShardKey) -> None:
+        if self._log.synced and self._journal.mentions(key):
+            self.inner.sync([key])
+            self._journal.add(JournalKind.FORGET, key)  # goes with what undoes the change
+
+    def _redo(self, change: StripChange) -> bool:
+        return self._log.synced and change.size_bytes <= REDO_BYTES_MAX
+
+    def _change(self, change: StripChange, journaled: bool) -> StoreError | None:
+        key = change.record.key
+        durable = self._log.synced and not journaled
+        try:
+            for offset, data in change.pieces:
+                self.inner.write(key, data, offset_bytes=offset, durable=durable)
+            if journaled and self._journal.failed:
+                self.inner.sync([key])
+        except StoreError as error:
+            self._give_up(key)
+            return error
+        return None
+
+    def _give_up(self, key: ShardKey) -> None:
+        if self._log.made is not None:
+            super()._give_up(key)
+
+    def meet_primary(self, primary: int, low_water: int) -> None:
+        if self._log.get() is not None:
+            super().meet_primary(primary, low_water)
+
+    def keep_strip(self, oid: int, number: int) -> None:
+        if self._log.get() is not None:
+            super().keep_strip(oid, number)
+
+    def drop_strip(self, key: ShardKey) -> None:
+        if self._log.made is not None:
+            super().drop_strip(key)
+
+
+def strips_of(store: ObjectStore) -> StripMemory:
+    """What is known of strips by a store that was just opened."""
+    return store.strips_left.copy() if isinstance(store, JournaledStore) else StripMemory()
+
+
+def _flush_nothing(_: Iterable[ShardKey]) -> None:
+    """Nothing is flushed."""
