@@ -60,13 +60,6 @@ class Journal:
         """
         if not os.path.isdir(directory):
             raise ConfigError(f"the journal directory {directory} does not exist")
-        self._files: list[JournalFile] = []
-        for path in file_paths(directory):
-            try:
-                self._files.append(JournalFile(path, size_bytes // 2))
-            except ConfigError:
-                self._remove_files()
-                raise
         left = left or Left()
         self._strips = left.strips.copy()
         self._number = left.number  # of the last entry that was added
@@ -84,9 +77,14 @@ class Journal:
         self._durable = 0  # entries up to this number are on stable storage
         self._flush_store: Callable[[Iterable[ShardKey]], None] = lambda _: None
         paths = file_paths(directory, name)
-        first = JournalFile(paths[left.first], size_bytes // 2, synced=synced)
-        self._carry(first)  # before the other file, which says the same, is overwritten
-        self._files = [first, JournalFile(paths[1 - left.first], size_bytes // 2, synced=synced)]
+        self._files = [JournalFile(paths[left.first], size_bytes // 2, synced=synced)]
+        self._carry(self._files[0])  # before the other file, which says the same, is overwritten
+        try:
+            self._files.append(JournalFile(paths[1 - left.first], size_bytes // 2, synced=synced))
+        except ConfigError:
+            if not self._strips:  # what is known of strips must not go with the files
+                self._remove_files()
+            raise
 
     def serve(self, flush_store: Callable[[Iterable[ShardKey]], None]) -> None:
         """``flush_store`` makes everything durable that was applied to some shards."""
