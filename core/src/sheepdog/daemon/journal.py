@@ -82,7 +82,7 @@ class Journal:
         try:
             self._files.append(JournalFile(paths[1 - left.first], size_bytes // 2, synced=synced))
         except ConfigError:
-            if not self._strips:  # what is known of strips must not go with the files
+            if not self._strips.records:  # what is known of strips must not go with the files
                 self._remove_files()
             raise
 

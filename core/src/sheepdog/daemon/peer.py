@@ -36,6 +36,7 @@ from sheepdog.wire.extensions import (
     FORWARD_REMOVE,
     FORWARD_WRITE,
     LOW_WATER,
+    OWN_OPCODES,
     RECOVERY_POINT,
     SETTLE,
     STRIP_WRITE,
@@ -211,7 +212,7 @@ class ObjectOperations:
         def gate(connection: ClientConnection, request: Request) -> None:
             epoch = request.epoch
             connection.limited = False
-            if request.oid in NO_OIDS:
+            if request.oid in NO_OIDS and request.opcode < OWN_OPCODES:
                 connection.reply(request, Result.NO_OBJ)  # in whatever epoch
                 return
             if epoch == state.epoch:

@@ -169,6 +169,10 @@ class StripStore(JournaledStore):
     def sync(self, keys: Iterable[ShardKey]) -> None:
         self.inner.sync(keys)
 
+    @property
+    def flushes_apart(self) -> bool:
+        return self.inner.flushes_apart
+
     # ---- strips
 
     def write_strips(self, changes: Sequence[StripChange]) -> list[StoreError | None]:

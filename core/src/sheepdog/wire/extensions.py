@@ -6,6 +6,8 @@ with the internal protocol version; those from 0xe0 on use the object variant.
 
 from __future__ import annotations
 
+OWN_OPCODES = 0xD0  # from here on
+
 FORWARD_CREATE = 0xE1  # a gateway asks the object's primary; fields as CREATE_AND_WRITE_OBJ
 FORWARD_WRITE = 0xE3  # as WRITE_OBJ
 FORWARD_REMOVE = 0xE4  # as REMOVE_OBJ
