@@ -137,5 +137,5 @@ def version_text(*, drivers: bool) -> str:
     if drivers:
         lines.append(drivers_line())
     present = [name for name in ("http", "nfs") if name in installed("frontend")]
-    lines.append("\tMiscellaneous: " + (" ".join(present) or "none"))
+    lines.append("\tMiscellaneous: " + " ".join([*present, "trace"]))
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""``dog trace``: function tracers of builds that have them.
+"""``dog trace``: what a sheep did, by request (``sheepdog.daemon.tracing``), or by function in an original.
 
 The buffer that ``disable`` fetches is an array of 80-byte items: i32 kind (0 entry, 1 return), thread name (20 bytes),
 i32 depth, function name (36 bytes), then two u64, the times of entry and return in nanoseconds.
@@ -22,7 +22,7 @@ RESULT_INVALID_PARMS = 0x05
 RESULT_NO_SUPPORT = 0x8B
 RESULT_AGAIN = 0x8F
 
-TRACE_FILE = "/tmp/tracefile"
+TRACE_FILE = os.path.join(os.environ.get("TMPDIR") or "/tmp", "tracefile")
 BUFFER_BYTES = 1 << 20
 STATUS_BYTES = 1 << 20
 RETURN = 1

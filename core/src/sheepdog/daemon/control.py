@@ -17,6 +17,7 @@ from sheepdog.daemon.md_ops import DiskOperations
 from sheepdog.daemon.membership import Membership
 from sheepdog.daemon.sections import Sections
 from sheepdog.daemon.state import SheepState
+from sheepdog.daemon.tracing import Tracers
 from sheepdog.daemon.transfer import BARRIER, FETCH_STATE
 from sheepdog.daemon.vdi import Vdis
 from sheepdog.errors import SheepdogError
@@ -63,6 +64,7 @@ class Control:
         )
         self.info = Info(state, self.membership, backend, clock)
         self.disks = DiskOperations(backend)
+        self.tracers = Tracers(dispatcher, clock)
         self._register(dispatcher)
 
     def _register(self, dispatcher: Dispatcher) -> None:
@@ -83,10 +85,6 @@ class Control:
             (Op.GET_RECOVERY, info.get_throttle),
             (Op.SET_RECOVERY, info.set_throttle),
             (Op.GET_VNODES, info.get_vnodes),
-            (Op.TRACE_STATUS, info.no_support),
-            (Op.TRACE_ENABLE, info.no_support),
-            (Op.TRACE_DISABLE, info.no_support),
-            (Op.TRACE_READ_BUF, info.again),
             (Op.FLUSH_DEL_CACHE, info.success),
             (Op.DELETE_CACHE, info.success),
         ):

@@ -22,6 +22,7 @@ from sheepdog.wire.results import Result
 
 if TYPE_CHECKING:
     from sheepdog.daemon.server import ClientConnection
+    from sheepdog.daemon.tracing import Tracers
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class Dispatcher:
         self._handlers: list[PathHandler | None] = [None] * 256
         self._force = [False] * 256
         self._admin: dict[int, str] = {}
+        self.tracer: Tracers | None = None  # while one is switched on
         self._tasks = 0
         self._waiting: deque[tuple[ClientConnection, Request, TaskHandler]] = deque()
         for op, spec in OP_TABLE.items():
@@ -140,7 +142,10 @@ class Dispatcher:
         if opcode in self._admin:
             self._log_admin(connection, request, None)
         try:
-            handler(connection, request)
+            if self.tracer is None:
+                handler(connection, request)
+            else:
+                self.tracer.run(handler, connection, request)
         except Exception as error:
             connection.reply(request, self._failed(request, error).result)
 

@@ -247,14 +247,6 @@ class Info:
         """GET_VNODES."""
         return _sized(request, pack_i32(self._state.me.vnodes))
 
-    def no_support(self, request: Request) -> Response:
-        """TRACE_*: as a build without the tracer answers."""
-        return Response(Result.NO_SUPPORT)
-
-    def again(self, request: Request) -> Response:
-        """TRACE_READ_BUF: the trace is empty."""
-        return Response(Result.AGAIN)
-
     def success(self, request: Request) -> Response:
         """Operations that have nothing to do any more."""
         return Response()

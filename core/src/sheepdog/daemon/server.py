@@ -80,6 +80,9 @@ class ClientConnection(Client):
         """The answer to ``request`` leaves with this pass. Called exactly once for each request."""
         self._inflight -= 1
         self._inflight_bytes -= request.data_length
+        tracer = self._server.dispatcher.tracer
+        if tracer is not None:
+            tracer.replied(request)
         if not self.open:
             return
         output = self._output
