@@ -79,7 +79,12 @@ def test_interrupted(place, image, number):
     """Stopped in the middle, the program ends with 130 and takes its sheep and files with it."""
     env = {**os.environ, "TMPDIR": str(place)}
     program = subprocess.Popen(
-        [sys.executable, "-u", str(PROGRAM), "--image", str(image), *CELL], env=env, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-u", str(PROGRAM), "--image", str(image), *CELL],
+        env=env,
+        stdout=subprocess.PIPE,
+        text=True,
+        # as from a terminal: a job in the background of a shell hands on that Ctrl-C is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     for line in program.stdout:
         if "cluster format" in line:
