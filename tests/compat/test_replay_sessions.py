@@ -92,6 +92,7 @@ BEFORE: Mapping[str, Callable[[SheepCluster], object]] = {
         _lock(cluster, b"lk"),
         cluster.dog("vdi", "write", "lk", "0", "512", input=bytes(512)),
     ),
+    "dog-cluster-check-3n.jsonl": lambda cluster: cluster.wait_recovered(),  # from other numbers of copies
     "dog-cluster-reweight-3n.jsonl": _grow,
     "dog-cluster-recover-disable-3n.jsonl": _reweighted,
     "dog-cluster-info-two-nodes-3n.jsonl": _lost_one,
