@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -42,21 +43,49 @@ def paths(cluster: SheepCluster, index: int) -> list[str]:
     return [line.split("\t")[-1] for line in text.splitlines()[1:]]
 
 
-def complete(cluster: SheepCluster, name: str, content: bytes) -> None:
+def complete(cluster: SheepCluster, contents: dict[str, bytes]) -> None:
     """All copies are there and equal, or all strips, and belong together."""
     cluster.wait_recovered()
-    same_everywhere(cluster, {name: content})
+    same_everywhere(cluster, contents)
     if len(cluster.live) < cluster.shards and cluster.needed > 1:
         return  # dog checks strips only where each has a zone
-    wait_until(
-        lambda: cluster.dog("vdi", "check", name).stdout == f"finish check&repair {name}\n".encode(), "a clean check"
-    )
+    for name in contents:
+        wait_until(partial(clean, cluster, name), "a clean check")
+
+
+def clean(cluster: SheepCluster, name: str) -> bool:
+    """``dog vdi check`` finds nothing to do."""
+    return cluster.dog("vdi", "check", name).stdout == f"finish check&repair {name}\n".encode()
+
+
+def spread(cluster: SheepCluster, prefix: str, index: int, disks: list[str]) -> dict[str, bytes]:
+    """Volumes of 24 MiB, as many as it takes until each of these disks of a sheep holds some of their data.
+
+    Where objects lie depends on the paths of the disks, which differ in each run.
+    """
+    contents: dict[str, bytes] = {}
+    before = set(shards(cluster, index).values())
+    for number in range(40):
+        name = f"{prefix}-{number}"
+        contents[name] = fill(cluster, name, number, size=24 * MiB)
+        cluster.wait_recovered()
+        held = [path for (oid, _), path in shards(cluster, index).items() if is_data(oid) and path not in before]
+        if all(any(path.startswith(f"{disk}/") for path in held) for disk in disks):
+            return contents
+    raise AssertionError(f"there are disks without data of 40 volumes: {disks}")
+
+
+def rewrite(cluster: SheepCluster, contents: dict[str, bytes], seed: int, node: int = 0) -> None:
+    """Every block of these volumes has other contents."""
+    for number, name in enumerate(contents):
+        contents[name] = pattern(seed + number, len(contents[name]))
+        write(cluster, name, 0, contents[name], node=node)
 
 
 def test_plug_and_unplug(cluster: SheepCluster) -> None:
     """Plugged directories are emptied and take their share, unplugged ones give it back; neither makes an epoch; wrong
     paths change nothing; slashes at the end do not matter (MD-1, MD-2, MD-9, MD-10, MD-11)."""
-    content = fill(cluster, "md9", 9, size=40 * MiB)
+    contents = {"md9": fill(cluster, "md9", 9, size=40 * MiB)}
     epoch = cluster.epoch(0)
     one, two = disk(cluster, "disk0a"), disk(cluster, "disk0b")
     own = str(cluster.sheep[0].directory / "obj")
@@ -64,8 +93,8 @@ def test_plug_and_unplug(cluster: SheepCluster) -> None:
     assert paths(cluster, 0) == sorted([own, one, two])
     assert not Path(one, "leftover").exists()
     cluster.wait_recovered()
-    complete(cluster, "md9", content)
-    assert [path for path in shards(cluster, 0).values() if path.startswith((one, two))]
+    complete(cluster, contents)
+    contents |= spread(cluster, "md10", 0, [one, two])
     length = 4 * MiB // cluster.needed
     whole = [os.stat(path) for (oid, _), path in shards(cluster, 0).items() if is_data(oid)]
     assert all(status.st_size == length and status.st_blocks * 512 >= length for status in whole)
@@ -79,64 +108,77 @@ def test_plug_and_unplug(cluster: SheepCluster) -> None:
     )
     cluster.dog("node", "md", "unplug", f"{one}/", input=b"yes\n", node=0)
     assert paths(cluster, 0) == sorted([own, two])
-    complete(cluster, "md9", content)
+    complete(cluster, contents)
     cluster.dog("node", "md", "unplug", two, input=b"yes\n", node=0)
-    complete(cluster, "md9", content)
+    complete(cluster, contents)
     assert cluster.epoch(0) == epoch
 
 
 def test_failing_disks(cluster: SheepCluster) -> None:
     """Disks that vanish, also two at once, are taken out at the next I/O; the node stays and its copies are rebuilt
     (MD-3, MD-5, MD-7)."""
-    content = bytearray(fill(cluster, "md3", 3, size=24 * MiB))
     extra = [disk(cluster, f"disk1{letter}") for letter in "abc"]
     cluster.dog("node", "md", "plug", ",".join(extra), input=b"yes\n", node=1)
-    complete(cluster, "md3", bytes(content))
+    contents = spread(cluster, "md3", 1, extra)
+    complete(cluster, contents)
     epoch = cluster.epoch(0)
     shutil.rmtree(extra[0])
-    content[0 : 24 * MiB] = pattern(33, 24 * MiB)
-    write(cluster, "md3", 0, bytes(content))
-    complete(cluster, "md3", bytes(content))
+    rewrite(cluster, contents, 33)
+    complete(cluster, contents)
     assert extra[0] not in paths(cluster, 1)
 
     for path in extra[1:]:
         shutil.rmtree(path)
-    content[0 : 24 * MiB] = pattern(34, 24 * MiB)
-    write(cluster, "md3", 0, bytes(content), node=1)
-    complete(cluster, "md3", bytes(content))
+    rewrite(cluster, contents, 133, node=1)
+    complete(cluster, contents)
     assert paths(cluster, 1) == [str(cluster.sheep[1].directory / "obj")]
     assert cluster.epoch(0) == epoch
 
 
+def test_disk_that_fails_unnoticed(cluster: SheepCluster) -> None:
+    """A disk that vanishes while nobody touches it holds no recovery of others up: it is taken out when they ask what
+    is there (MD-7)."""
+    idle = disk(cluster, "disk1idle")
+    cluster.dog("node", "md", "plug", idle, input=b"yes\n", node=1)
+    cluster.wait_recovered()
+    shutil.rmtree(idle)
+    other = disk(cluster, "disk2other")
+    cluster.dog("node", "md", "plug", other, input=b"yes\n", node=2)
+    cluster.wait_recovered()
+    assert idle not in paths(cluster, 1)
+    cluster.dog("node", "md", "unplug", other, input=b"yes\n", node=2)
+    cluster.wait_recovered()
+
+
 def test_fewer_disks_after_a_restart(cluster: SheepCluster) -> None:
     """A sheep that starts without a disk that it had gets the missing copies from the others (MD-12)."""
-    content = fill(cluster, "md12", 12, size=24 * MiB)
+    contents = {"md12": fill(cluster, "md12", 12, size=24 * MiB)}
     cluster.dog("node", "md", "plug", disk(cluster, "disk2a"), input=b"yes\n", node=2)
-    complete(cluster, "md12", content)
+    complete(cluster, contents)
     cluster.kill(2)
     cluster.wait_recovered()
     shutil.rmtree(cluster.base / "disk2a")
     cluster.restart(2)
 
-    complete(cluster, "md12", content)
+    complete(cluster, contents)
 
 
 def test_last_disk(cluster: SheepCluster) -> None:
     """When its last disk fails the node leaves in order, and no client of another node notices (MD-4, MD-6, MD-15)."""
-    content = bytearray(fill(cluster, "md4", 4, size=24 * MiB))
+    obj = cluster.sheep[2].directory / "obj"
+    contents = spread(cluster, "md4", 2, [str(obj)])
     epoch = cluster.epoch(0)
-    shutil.rmtree(cluster.sheep[2].directory / "obj")
-    content[: 24 * MiB] = pattern(44, 24 * MiB)
-    write(cluster, "md4", 0, bytes(content), node=0)
+    shutil.rmtree(obj)
+    rewrite(cluster, contents, 44)
 
     assert exited(cluster, 2) == 0
     assert "no disks available, going down" in cluster.sheep[2].log_tail()
     cluster.wait_recovered()
     assert cluster.epoch(0) == epoch + 1
-    complete(cluster, "md4", bytes(content))
+    complete(cluster, contents)
     cluster.dog("vdi", "create", "later", "4M")
     cluster.restart(2)
-    complete(cluster, "md4", bytes(content))
+    complete(cluster, contents)
 
 
 @pytest.fixture
@@ -213,7 +255,7 @@ def test_no_recovery_that_would_overfill(fresh_cluster: Start) -> None:
     after = copies_by_object(cluster, (0, 1))
     assert any(len(holders) == 1 for holders in after.values())
     cluster.restart(2)
-    complete(cluster, "f", bytes(content))
+    complete(cluster, {"f": bytes(content)})
     assert all(len(holders) == 2 for holders in copies_by_object(cluster, (0, 1, 2)).values())
 
 
@@ -242,6 +284,6 @@ def test_bigger_disk_lost_with_strips(fresh_cluster: Start) -> None:
 
     shutil.rmtree(big)
     same_everywhere(cluster, {"md8": content})
-    complete(cluster, "md8", content)
+    complete(cluster, {"md8": content})
     assert paths(cluster, 1) == [f"{own}/obj"]
     assert [path for (oid, _), path in shards(cluster, 1).items() if is_data(oid)]

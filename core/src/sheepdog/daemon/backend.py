@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 from sheepdog.contracts.services import Executor
 from sheepdog.contracts.store import ObjectStore
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 MakeStore = Callable[[str], ObjectStore]
 
 
@@ -91,6 +93,19 @@ class LocalBackend:
         self._paths = [disk.path for disk in await self.executor.run(self.store.disks)]
         if self.shards is not None:
             self.shards.replace(self.store)
+
+    async def use(self, work: Callable[[ObjectStore], T]) -> T:
+        """``work(store)`` on a worker thread; again without the disk that failed in it, as long as one is left.
+
+        :raises StoreError: what ``work`` raised.
+        """
+        while True:
+            store = self._own_store()
+            try:
+                return await self.executor.run(partial(work, store))
+            except StoreDeviceError as error:
+                if not self.device_failed(error):
+                    raise
 
     def device_failed(self, error: StoreDeviceError) -> bool:
         """A disk gave an error: it is taken out; says whether another one is left.

@@ -188,10 +188,9 @@ class Info:
 
     async def stat_sheep(self, request: Request) -> Response:
         """STAT_SHEEP: bytes of storage in all and free."""
-        store = self._backend.store
-        if store is None:
+        if self._backend.store is None:
             return Response(variant=NodeResponse().pack())
-        usage = await self._backend.executor.run(store.usage)
+        usage = await self._backend.use(lambda store: store.usage())
         return Response(
             variant=NodeResponse(store_size=usage.used_bytes + usage.free_bytes, store_free=usage.free_bytes).pack()
         )
@@ -255,10 +254,9 @@ class Info:
 
     async def object_list(self, request: Request) -> Response:
         """GET_OBJ_LIST: oids held here, live and stale, ascending."""
-        store = self._backend.store
-        if store is None:
+        if self._backend.store is None:
             return Response()
-        oids = await self._backend.executor.run(lambda: _all_oids(store))
+        oids = await self._backend.use(_all_oids)
         if len(oids) * 8 > request.data_length:
             return Response(Result.BUFFER_SMALL)
         return Response(body=pack_oids(oids))
@@ -274,10 +272,9 @@ class Info:
         return Response(Result.NO_OBJ if missing else Result.SUCCESS, body=pack_oids(missing))
 
     async def _missing(self, oids: list[int]) -> list[int]:
-        store = self._backend.store
-        if store is None:
+        if self._backend.store is None:
             return oids
-        return await self._backend.executor.run(lambda: [oid for oid in oids if self._key(store, oid) is None])
+        return await self._backend.use(lambda store: [oid for oid in oids if self._key(store, oid) is None])
 
     def _key(self, store: ObjectStore, oid: int) -> ShardKey | None:
         """The shard of ``oid`` that is stored here; on a worker thread."""
@@ -295,13 +292,12 @@ class Info:
 
     async def get_hash(self, request: Request) -> Response:
         """GET_HASH: SHA-1 of the live shard held here, or of the stale version of an epoch."""
-        store = self._backend.store
-        if store is None:
+        if self._backend.store is None:
             return Response(Result.NO_OBJ)
         oid, epoch = request.oid, request.tgt_epoch
         cache = self._state.vdis.readonly(vid_of(oid)) and not always_replicated(oid)
 
-        def work() -> bytes:
+        def work(store: ObjectStore) -> bytes:
             key = self._key(store, oid)
             if key is not None:
                 return store.digest(key, cache=cache)
@@ -312,7 +308,7 @@ class Info:
                     continue
             raise ObjectNotFound(f"oid={oid:016x} is not here, nor its version of epoch={epoch}")
 
-        return Response(variant=HashResponse(await self._backend.executor.run(work)).pack())
+        return Response(variant=HashResponse(await self._backend.use(work)).pack())
 
     async def repair_replica(self, request: Request) -> Response:
         """REPAIR_REPLICA: the copy held here becomes that of the majority.

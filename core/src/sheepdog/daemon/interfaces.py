@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, TypeVar
 
 from sheepdog.contracts.services import Executor
 from sheepdog.contracts.store import ObjectStore
@@ -17,6 +17,7 @@ from sheepdog.model.node import NodeId
 from sheepdog.model.ring import Ring
 from sheepdog.wire.header import Request, Response
 
+T = TypeVar("T")
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 
@@ -172,6 +173,12 @@ class Backend(Protocol):
     @property
     def stats(self) -> Statistics:
         """Counters."""
+
+    async def use(self, work: Callable[[ObjectStore], T]) -> T:
+        """``work(store)`` on a worker thread; again without the disk that failed in it, as long as one is left.
+
+        :raises StoreError: what ``work`` raised. Not to be called on a gateway.
+        """
 
     async def switch(self, store_name: str) -> None:
         """A store of that name is in use and holds nothing. A no-op on gateways.

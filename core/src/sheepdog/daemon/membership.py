@@ -165,13 +165,13 @@ class Membership(SessionKeeper):
         config = await self.log.load_config()
         if config is None:
             return
-        state, store = self.state, self._backend.store
+        state = self.state
         state.ctime, state.flags = config.ctime, config.flags
         state.copies, state.copy_policy = config.copies, config.copy_policy
         state.block_size_shift, state.store_name = config.block_size_shift, config.default_store
         epoch, self.epoch_nodes = await self.log.load_newest()
-        if store is not None:
-            state.vdis.merge(await self._backend.executor.run(lambda: scan.local_states(store)))
+        if self._backend.store is not None:
+            state.vdis.merge(await self._backend.use(scan.local_states))
         state.install(epoch=epoch)
 
     def _greeting(self, inventory: Iterable[VdiState], unfinished: Iterable[Any], *, complete: bool) -> Greeting:

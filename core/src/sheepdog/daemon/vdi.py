@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from sheepdog.contracts.services import Clock
@@ -370,9 +371,8 @@ class Vdis:
         self.moved_locks.pop(vid, None)
         if self.state.flags & ClusterFlag.RECYCLE_VID:
             dead = vdis.dead_families()
-            store = self._backend.store
-            if dead and store is not None:
-                await self._backend.executor.run(lambda: forget_locally(store, frozenset(dead)))
+            if dead and self._backend.store is not None:
+                await self._backend.use(partial(forget_locally, vids=frozenset(dead)))
             for member in dead:
                 vdis.forget(member)
 

@@ -261,6 +261,9 @@ class Backend:
     def counters(self):
         return range(15)
 
+    async def use(self, work):
+        return await self.executor.run(lambda: work(self.store))
+
     async def switch(self, name):
         self.storedir.wiped += 1
         self.store_name = name
