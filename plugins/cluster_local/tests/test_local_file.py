@@ -92,8 +92,8 @@ async def test_network_namespaces(spawn, monkeypatch):
     monkeypatch.setattr(
         LocalSession, "_wake_one", lambda self, session: wake(self, session) if session == self._id else None
     )
-    first = await spawn(0, timeout_s=0.5)
-    second = await spawn(1, timeout_s=0.5)
+    first = await spawn(0)
+    second = await spawn(1)
 
     marks = [b"one", b"two", b"three"]  # it has a wake-up of its own for the first or the second
     for mark in marks:
@@ -354,7 +354,7 @@ async def test_child_keeps_the_lock(file, spawn):
 
 async def test_closed_without_leave(file, spawn):
     """A session whose descriptors are gone is dead although its process lives."""
-    member = await spawn(0, timeout_s=1.0)
+    member = await spawn(0)
     async with LocalDriver(LocalOptions(file)).join(kit_node(1), b"") as session:
         session._file.close()
         await until_left(member, kit_node(1))
