@@ -102,7 +102,15 @@ def check_everything(cluster: SheepCluster, contents: dict[str, bytes]) -> None:
         census = {key: live & set(holders) for key, holders in cluster.census().items() if key[0] in oids}
         return {key: holders for key, holders in census.items() if holders}
 
-    wait_until(lambda: placed() == wanted, "every copy in its place")
+    try:
+        wait_until(lambda: placed() == wanted, "every copy in its place")
+    except AssertionError as error:
+        have = placed()
+        wrong = {key for key in have.keys() | wanted.keys() if have.get(key) != wanted.get(key)}
+        for oid, strip in sorted(wrong):
+            key = (oid, strip)
+            error.add_note(f"oid={oid:016x} strip={strip}: is at {have.get(key)}, belongs to {wanted.get(key)}")
+        raise
 
 
 @pytest.fixture(scope="module")

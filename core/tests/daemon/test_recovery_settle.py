@@ -10,9 +10,12 @@ import pytest
 from sheepdog.api import StoreOptions
 from sheepdog.contracts.store import ShardKey
 from sheepdog.daemon.recovery_notes import MARKS_MAX, FileNotes, Notes, Progress
+from sheepdog.daemon.striped_undo import StripState, StripUndo
 from sheepdog.daemon.unsettled import Unsettled
 from sheepdog.errors import SheepdogError
 from sheepdog.model.ids import data_oid
+from sheepdog.model.node import NodeId
+from sheepdog.wire.results import Result
 from sheepdog_redundancy_ec import sheepdog_redundancy
 from sheepdog_store_plain import sheepdog_object_store
 
@@ -181,6 +184,130 @@ async def test_missing_and_different_copies_are_settled(make_store):
         await until(lambda: not w.sheep[1].unsettled.oids)
 
         assert [w.content(number, oid)[:1] for number in range(3)] == [b"a"] * 3
+
+
+class Held:
+    """Lets what was done be known only after ``go``."""
+
+    def __init__(self):
+        self.done = anyio.Event()
+        self.go = anyio.Event()
+
+    def after(self, work):
+        """``work``, an asynchronous function, held."""
+
+        async def held(*arguments):
+            result = await work(*arguments)
+            self.done.set()
+            await self.go.wait()
+            return result
+
+        return held
+
+
+async def test_settled_copies_stay_in_their_epoch(make_store):
+    """What settling found under one epoch it brings to nobody under the next: who is no holder then keeps no copy."""
+    async with world(3, make_store) as w:
+        oid = w.object_on(0, 2)
+        await w.change(0, 1)
+        await w.recovered()
+        w.put(0, oid, b"a" * OBJECT)
+        w.put(1, oid, b"b" * OBJECT)
+        mender, held = w.sheep[0].recovery.mender, Held()
+        mender._digest = held.after(mender._digest)
+        w.sheep[0].unsettled.oids[oid] = None
+        await held.done.wait()
+        await w.change(0, 1, 2)
+        await until(lambda: not w.has(1, oid))  # set aside
+        held.go.set()
+        await w.recovered()
+        await until(lambda: not w.sheep[0].unsettled.oids)
+
+        assert w.holders(oid) == [0, 2]
+        assert w.content(2, oid)[:1] == b"a"
+
+
+async def test_settled_copies_replace_nothing_newer(make_store):
+    """A primary that is none any more does not bring what it read before to a holder that has a newer change."""
+    async with world(4, make_store, copies=3) as w:
+        oid = w.object_on(3, 0, 1, copies=3)
+        await w.change(0, 1, 2)
+        await w.recovered()
+        for number, content in enumerate((b"a", b"b", b"a")):
+            w.put(number, oid, content * OBJECT)
+        mender, held = w.sheep[0].recovery.mender, Held()
+        mender._digest = held.after(mender._digest)
+        w.sheep[0].unsettled.oids[oid] = None
+        await held.done.wait()
+        await w.change(0, 1, 2, 3)
+        await w.recovered()
+        await w.sheep[1].objects.write(oid, 0, b"new")
+        pushed = []
+        settled = mender._push_copy
+
+        async def push(*arguments):
+            pushed.append(await settled(*arguments))
+            return pushed[-1]
+
+        mender._push_copy = push
+        held.go.set()
+        await until(lambda: pushed)
+
+        assert w.content(1, oid)[:3] == b"new"
+
+
+async def test_settled_strips_stay_in_their_epoch(make_store):
+    """A strip that its primary computed for itself is not stored where another strip belongs by now."""
+    async with striped(make_store, 4) as w:
+        oid = w.object_on(3, 0, 1, 2, copies=4)
+        await w.change(0, 1, 2)
+        await w.recovered()
+        content = random_bytes(1, OBJECT)
+        await w.sheep[1].objects.create(oid, 0, content)
+        w.sheep[0].store.remove(ShardKey(oid, 0))
+        mender, held = w.sheep[0].recovery.mender, Held()
+
+        class Executor:
+            run = staticmethod(held.after(mender._executor.run))
+
+        mender._executor = Executor()
+        w.sheep[0].unsettled.oids[oid] = None
+        await held.done.wait()
+        await w.change(0, 1, 2, 3)
+        await until(lambda: not w.sheep[0].recovery._aside._rings)  # what does not belong here was set aside
+        held.go.set()
+        await w.recovered()
+        await until(lambda: whole(w, oid))
+
+        assert not w.has(0, oid, 0)
+        assert digest(await w.sheep[1].objects.read(oid, 0, OBJECT)) == digest(content)
+
+
+async def test_decision_stays_in_its_epoch():
+    """What becomes of a change that is half-way is told to nobody after the epoch in which it was found out."""
+    nodes = [NodeId.of("127.0.0.1", port) for port in (1, 2)]
+    waiting, told, results = [], [], []
+
+    class Undo:
+        epoch = 1
+
+        def members(self):
+            return nodes
+
+        def ask(self, node, oid, number, done):
+            waiting.append((node, done))
+
+        def tell(self, node, *arguments):
+            told.append(node)
+
+    undo = Undo()
+    StripUndo.resolve(undo, 7, results.append)
+    for node, done in waiting:
+        undo.epoch = 2
+        number = 5 if node == nodes[0] else 0
+        done(0, StripState(number, 1, 1, whole=True, knows=True, complete=False, holders=tuple(nodes)))
+
+    assert results == [Result.OLD_NODE_VER] and not told and len(waiting) == 2
 
 
 async def test_crash_of_all_holders(make_store):

@@ -7,6 +7,9 @@ was acknowledged is in all of them.
 
 Strips are mended here and nowhere else. If each holder computed its own from what the others have at the moment, it
 would mix strips from before and after a change.
+
+Whatever is changed is changed under the ring that the settling began with. A later epoch may have another primary,
+which orders changes of its own, and other holders: what reached former ones under its number would stay there.
 """
 
 from __future__ import annotations
@@ -146,18 +149,21 @@ class Mender:
         first = content if len(content) <= PUSH_BYTES_MAX else memoryview(content)[:PUSH_BYTES_MAX]
         # Until the last piece is there the object is marked, here and in the notes on disk.
         self._recovery.unsettled.oids[key.oid] = None
-        logger.info("settling oid=%016x: copy to node=%s", key.oid, node.text)
         result = await self._change(Op.CREATE_AND_WRITE_PEER, node, key, 0, first, placement)
         offset = len(first)
         while not result and offset < len(content):
             piece = memoryview(content)[offset : offset + PUSH_BYTES_MAX]
             result = await self._change(Op.WRITE_PEER, node, key, offset, piece, placement)
             offset += len(piece)
+        if not result:
+            logger.info("oid=%016x was settled: copy to node=%s", key.oid, node.text)
         return result
 
     async def _change(
         self, opcode: int, node: NodeId, key: ShardKey, offset: int, data: Buffer, placement: Placement
     ) -> int:
+        if placement.ring is not self._state.ring:
+            return Result.OLD_NODE_VER
         response = await self._finder.request(
             node, opcode, key.oid, offset=offset, body=data, copies=placement.copies, copy_policy=placement.policy,
             ec_index=max(key.index, 0), tail=self._recovery.unsettled.low_water,
@@ -263,6 +269,8 @@ class Mender:
         size = max(placement.shard_bytes, len(strip))
         logger.debug("oid=%016x: strip %d to node=%s", oid, index, node.text)
         if node == self._state.me.id:
+            if placement.ring is not self._state.ring:
+                return Result.OLD_NODE_VER
             return await self._recovery.store_shard(key, strip, size, replace=True)
         first = strip if len(strip) <= PUSH_BYTES_MAX else memoryview(strip)[:PUSH_BYTES_MAX]
         if len(first) < len(strip):

@@ -294,6 +294,11 @@ class StripUndo:
         await event.wait()
         return results[0]
 
+    @property
+    def epoch(self) -> int:
+        """Under which holders are asked and told."""
+        return self._state.epoch
+
     def members(self) -> list[NodeId]:
         return [node.id for node in self._state.ring.storage]
 
@@ -355,14 +360,15 @@ def _put_back(store: ObjectStore, record: Record, durable: bool) -> None:
 
 
 class _Resolve:
-    """One decision."""
+    """One decision, made in one epoch: in the next one it may be another sheep's to make."""
 
-    __slots__ = ("_done", "_left", "_oid", "_result", "_states", "_undo")
+    __slots__ = ("_done", "_epoch", "_left", "_oid", "_result", "_states", "_undo")
 
     def __init__(self, undo: StripUndo, oid: int, done: Callable[[int], None]) -> None:
         self._undo = undo
         self._oid = oid
         self._done = done
+        self._epoch = undo.epoch
         self._left = 0
         self._result = 0
         self._states: dict[NodeId, StripState] = {}
@@ -388,6 +394,8 @@ class _Resolve:
         if not self._left:
             if self._result:
                 self._done(self._result)
+            elif self._undo.epoch != self._epoch:
+                self._done(Result.OLD_NODE_VER)
             else:
                 then()
 
