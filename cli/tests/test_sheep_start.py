@@ -163,6 +163,24 @@ def test_log_rotates_when_it_is_large(
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_libraries_are_quiet(root_logger: logging.Logger, tmp_path: Path) -> None:
+    """At level debug the log has what we and plugins say, and of libraries what is not for their own debugging."""
+    config = LogConfig(level="debug", format="default", path=str(tmp_path / "sheep.log"))
+    sheep_log.start(config, 7000, sheep_log.start_early(config, 7000))
+    for name in ("sheepdog.daemon.peers", "sheepdog_cluster_zk.driver", "kazoo.client", "asyncio"):
+        logging.getLogger(name).debug("%s debugs", name)
+        logging.getLogger(name).info("%s tells", name)
+
+    assert (tmp_path / "sheep.log").read_text().splitlines() == [
+        "sheepdog.daemon.peers debugs",
+        "sheepdog.daemon.peers tells",
+        "sheepdog_cluster_zk.driver debugs",
+        "sheepdog_cluster_zk.driver tells",
+        "kazoo.client tells",
+        "asyncio tells",
+    ]
+
+
 def test_level(root_logger: logging.Logger, tmp_path: Path) -> None:
     """The chosen level is the root logger's."""
     config = LogConfig(level="err", path=str(tmp_path / "x"))

@@ -1,7 +1,7 @@
 """The log of the daemon: three line formats, a file that rotates, the system log, or stderr.
 
 Everything goes through the standard library's root logger, so plugins and libraries end up in the same log. The level
-in force is the root logger's.
+in force is the root logger's. Of libraries, what is meant for debugging them is left out.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from typing import IO
 
 from sheepdog.daemon.config import LOG_LEVELS, LOGGING_LEVELS, LogConfig
+from sheepdog.plugins import plugin_packages
 
 ROTATE_BYTES = 500 * 1000 * 1000
 MAIN_THREAD_NAME = "main"
@@ -74,6 +75,23 @@ class JsonFormatter(logging.Formatter):
             f'"worker_name": {worker}, "worker_idx": {tid}, "func": "{record.funcName}", '
             f'"line": {record.lineno}, "msg": {message}}} }}'
         )
+
+
+class LibraryFilter(logging.Filter):
+    """Below INFO only we and the plugins are heard: libraries tell of themselves (kazoo of each heartbeat)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._heard = {"sheepdog": True, "sheepdog_cli": True}  # package -> whether it is
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.INFO:
+            return True
+        package = record.name.partition(".")[0]
+        heard = self._heard.get(package)
+        if heard is None:
+            heard = self._heard[package] = package in plugin_packages()
+        return heard
 
 
 def _message(formatter: logging.Formatter, record: logging.LogRecord) -> str:
@@ -138,6 +156,7 @@ def start_early(config: LogConfig, port: int) -> logging.Handler:
     """Messages go to stderr, in the chosen format, until the real log is open. Returns the handler to replace."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(make_formatter(config, port, terminal=sys.stderr.isatty()))
+    handler.addFilter(LibraryFilter())
     _name_levels()
     root = logging.getLogger()
     root.addHandler(handler)
@@ -167,6 +186,7 @@ def start(config: LogConfig, port: int, early: logging.Handler) -> RotatingFile 
         assert config.path is not None
         handler = RotatingFile(config.path)
     handler.setFormatter(make_formatter(config, port))
+    handler.addFilter(LibraryFilter())
     root = logging.getLogger()
     root.addHandler(handler)
     root.removeHandler(early)

@@ -124,6 +124,11 @@ def list_plugins(kinds: Iterable[str] | None = None) -> list[PluginRow]:
     return rows
 
 
+def plugin_packages() -> set[str]:
+    """The import packages of all installed plugins. Nothing is imported."""
+    return {entry.module.partition(".")[0] for kind in KINDS.values() for entry in _entry_points(kind)}
+
+
 def package_for(kind: str, name: str) -> str:
     """The distribution that offers this plugin if it follows the naming rule ``sheepdog-<kind>-<name>``."""
     return _DISTRIBUTIONS.get((kind, name), f"sheepdog-{kind}-{name}")
