@@ -10,8 +10,10 @@ Entries are CBOR arrays ``[version, kind, ...]``:
 
 Notes on pysyncobj 0.3.17: batches stay on (without them a paused follower applied entries twice); the batch size is
 above our largest entry, because larger ones are cut into pieces whose last one is recognised by the wrong length;
-an entry without an answer may still be appended later, so everything that we append may come twice. Should copies of
-the log differ all the same, the digests tell.
+an entry without an answer may still be appended later, so everything that we append may come twice. A leader whose
+connections break sends entries again, and the library cuts off whatever a server has behind the place where they begin,
+though it may have promised to keep that; and answers do not say which leader they were meant for. Both are mended on
+the way in (``_SyncObj__onMessageReceived``). Should copies of the log differ all the same, the digests tell.
 """
 
 from __future__ import annotations
@@ -120,6 +122,7 @@ class ReplicatedLog(SyncObj):  # type: ignore[misc]  # the library is not typed
         self.beats: dict[bytes, int] = {}
         self.ended: dict[bytes, None] = {}  # sessions whose late entries mean nothing, oldest first
         self.failure: str | None = None  # why this copy of the log is none any more
+        self._keep_tail = False
         self._journal = DurableJournal(directory, options.self_address) if options.votes else None
         conf = SyncObjConf(
             autoTick=False,
@@ -178,6 +181,45 @@ class ReplicatedLog(SyncObj):  # type: ignore[misc]  # the library is not typed
     def _agrees(self, position: int, digest: bytes) -> bool | None:
         at = position - self.digests[0][0] if self.digests else -1
         return self.digests[at][1] == digest if 0 <= at < len(self.digests) else None
+
+    # -- messages -----------------------------------------------------------------------------------------------
+
+    def _SyncObj__onMessageReceived(self, node: Any, message: dict[str, Any]) -> None:  # Any: the library is not typed
+        """The name is what the library calls its own method."""
+        if message["type"] == "append_entries" and "entries" in message:
+            message = self._only_news(message)
+        elif message["type"] == "next_node_idx" and message.get("term", self.raftCurrentTerm) != self.raftCurrentTerm:
+            return  # what it had in an earlier term it may not have any more
+        try:
+            super()._SyncObj__onMessageReceived(node, message)
+        finally:
+            self._keep_tail = False
+
+    def _only_news(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The message without what we have: entries are cut off only from the first one on that is another than ours.
+
+        That is what Raft says (section 5.3 of the paper by Ongaro and Ousterhout).
+        """
+        log = self._SyncObj__raftLog
+        at = message["prevLogIdx"] - log[0][1]
+        entries = list(message["entries"])
+        if not 0 <= at < len(log) or log[at][2] != message["prevLogTerm"] or message["term"] < self.raftCurrentTerm:
+            return message  # the library asks for other entries, or does nothing
+        known = 0
+        while known < len(entries) and at + 1 < len(log) and tuple(log[at + 1][1:]) == tuple(entries[known][1:]):
+            known, at = known + 1, at + 1
+        message = {**message, "entries": entries[known:], "prevLogIdx": log[at][1], "prevLogTerm": log[at][2]}
+        if known == len(entries) and at + 1 < len(log):
+            # All of it is here, and more, of which nothing is said: neither that it is wrong nor that it is right.
+            message["commit_index"] = min(message["commit_index"], log[at][1])
+            self._keep_tail = True
+        return message
+
+    def _SyncObj__getEntries(self, first: int, count: int | None = None, size_max: int | None = None) -> Any:
+        """The library cuts off what it finds behind the first entry of a message."""
+        if self._keep_tail and count is None and size_max is None:
+            count = 1
+        return super()._SyncObj__getEntries(first, count, size_max)
 
     # -- entries ------------------------------------------------------------------------------------------------
 

@@ -39,6 +39,8 @@ class GuardedTransport(TCPTransport):  # type: ignore[misc]  # the library is no
     def send(self, node: Any, message: Any) -> bool:  # Any: not typed
         if message["type"] not in NO_PROMISES:
             self.sync()
+        if message["type"] == "next_node_idx":
+            message["term"] = self._syncObj.raftCurrentTerm  # whose leader it is meant for
         sent: bool = super().send(node, message)
         return sent
 
