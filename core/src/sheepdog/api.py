@@ -106,7 +106,14 @@ from sheepdog.model.ring import DiskRing, Ring
 if TYPE_CHECKING:
     from sheepdog.builtin.filestore import FileStore, Layout
     from sheepdog.builtin.grouplog import GroupMember, GroupState, RecordDamaged
-    from sheepdog.builtin.groupsession import GroupSession, Mailbox, ServiceDriver, ServiceSession
+    from sheepdog.builtin.groupsession import (
+        EventStream,
+        GroupSession,
+        Mailbox,
+        ServiceDriver,
+        ServiceSession,
+        check_size,
+    )
     from sheepdog.builtin.streams import StreamListening, StreamTransport
     from sheepdog.builtin.tls import TlsChannel as TlsChannel
 
@@ -115,6 +122,7 @@ API_VERSION = (1, 0)
 
 # Parts of core that plugins build on and that themselves import this module; they are loaded when first asked for.
 _LATE = {
+    "EventStream": "sheepdog.builtin.groupsession",
     "FileStore": "sheepdog.builtin.filestore",
     "GroupMember": "sheepdog.builtin.grouplog",
     "GroupSession": "sheepdog.builtin.groupsession",
@@ -127,6 +135,7 @@ _LATE = {
     "StreamListening": "sheepdog.builtin.streams",
     "StreamTransport": "sheepdog.builtin.streams",
     "TlsChannel": "sheepdog.builtin.tls",
+    "check_size": "sheepdog.builtin.groupsession",
 }
 
 
@@ -179,6 +188,7 @@ __all__ = [
     "Done",
     "Epoch",
     "Event",
+    "EventStream",
     "Executor",
     "FileStore",
     "FrontEnd",
@@ -245,6 +255,7 @@ __all__ = [
     "always_replicated",
     "attribute_oid",
     "btree_oid",
+    "check_size",
     "completed",
     "data_oid",
     "fnv1a",

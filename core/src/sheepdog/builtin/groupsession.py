@@ -17,7 +17,7 @@ import socket
 import time
 from abc import abstractmethod
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import anyio
@@ -47,6 +47,26 @@ EVENTS_MAX = 256  # read ahead of the caller
 MARGIN = 0.8  # of the session time: after that part without an answer we distrust ourselves
 GIVE_UP = 2.0  # session times without an answer: then the session is lost, whatever the service thinks
 GOODBYE_S = 2.0  # for telling the others that we leave; they find out by themselves too
+
+
+def check_size(payload: bytes, kind: str) -> None:
+    """:raises PayloadTooLarge: no driver takes that much as a ``kind``, ``broadcast`` or ``greeting``."""
+    if len(payload) > PAYLOAD_BYTES_MAX:
+        raise PayloadTooLarge(f"a {kind} of {len(payload)} bytes; {PAYLOAD_BYTES_MAX} are allowed")
+
+
+class EventStream(AsyncIterator[Event]):
+    """Events as ``next_event`` gives them, which loses none when it is cancelled.
+
+    Not a generator: a cancelled ``anext`` leaves it usable.
+    """
+
+    def __init__(self, next_event: Callable[[], Awaitable[Event]]) -> None:
+        self._next_event = next_event
+
+    async def __anext__(self) -> Event:
+        await anyio.lowlevel.checkpoint()
+        return await self._next_event()
 
 
 class Mailbox:
@@ -203,11 +223,10 @@ class GroupSession(ClusterSession):
         return self.lost is None and time.monotonic() < self.deadline_s
 
     def events(self) -> AsyncIterator[Event]:
-        return _Events(self)
+        return EventStream(self.next_event)
 
     async def broadcast(self, payload: bytes) -> None:
-        if len(payload) > PAYLOAD_BYTES_MAX:
-            raise PayloadTooLarge(f"a broadcast of {len(payload)} bytes; {PAYLOAD_BYTES_MAX} are allowed")
+        check_size(payload, "broadcast")
         async with self._sending:  # numbers must reach the log in order
             self.check_lost()
             self._number += 1
@@ -230,17 +249,6 @@ class GroupSession(ClusterSession):
                     self.notify()
                 return event
             await self._changed.wait()
-
-
-class _Events(AsyncIterator[Event]):
-    """Not a generator: a cancelled ``anext`` leaves it usable, and loses nothing."""
-
-    def __init__(self, session: GroupSession) -> None:
-        self._session = session
-
-    async def __anext__(self) -> Event:
-        await anyio.lowlevel.checkpoint()
-        return await self._session.next_event()
 
 
 class ServiceSession(GroupSession):
@@ -328,8 +336,7 @@ class ServiceDriver(ClusterDriver):
 
     @asynccontextmanager
     async def _join(self, me: Node, greeting: bytes) -> AsyncIterator[ClusterSession]:
-        if len(greeting) > PAYLOAD_BYTES_MAX:
-            raise PayloadTooLarge(f"a greeting of {len(greeting)} bytes; {PAYLOAD_BYTES_MAX} are allowed")
+        check_size(greeting, "greeting")
         session = self.session(me)
         failure: Exception | None = None
         async with anyio.create_task_group() as tasks:

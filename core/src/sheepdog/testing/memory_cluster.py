@@ -18,8 +18,8 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 
+from sheepdog.builtin.groupsession import EventStream, check_size
 from sheepdog.contracts.cluster import (
-    PAYLOAD_BYTES_MAX,
     ClusterDriver,
     ClusterSession,
     Delivered,
@@ -28,7 +28,7 @@ from sheepdog.contracts.cluster import (
     Left,
     Updated,
 )
-from sheepdog.errors import ClusterUnavailable, ConfigError, PayloadTooLarge, SessionLost
+from sheepdog.errors import ClusterUnavailable, ConfigError, SessionLost
 from sheepdog.model.node import Node, NodeId
 
 MARGIN = 0.8  # of the session time: after that part without contact a session distrusts itself
@@ -225,8 +225,7 @@ class MemoryDriver(ClusterDriver):
 
     @asynccontextmanager
     async def _join(self, me: Node, greeting: bytes) -> AsyncIterator[ClusterSession]:
-        if len(greeting) > PAYLOAD_BYTES_MAX:
-            raise PayloadTooLarge(f"a greeting of {len(greeting)} bytes; {PAYLOAD_BYTES_MAX} are allowed")
+        check_size(greeting, "greeting")
         await anyio.sleep(self.hub.random_delay_s())
         session = MemorySession(self.hub, me)
         self.hub.admit(session, greeting)
@@ -289,7 +288,7 @@ class MemorySession(ClusterSession):
         return self.lost is None and anyio.current_time() < self._doubt_at_s
 
     def events(self) -> AsyncIterator[Event]:
-        return _Events(self)
+        return EventStream(self.next_event)
 
     async def status(self) -> dict[str, Any]:
         return {"members": len(self._hub.view), "state": "alive" if self.alive() else "lost"}
@@ -310,8 +309,7 @@ class MemorySession(ClusterSession):
             self._check()
 
     async def broadcast(self, payload: bytes) -> None:
-        if len(payload) > PAYLOAD_BYTES_MAX:
-            raise PayloadTooLarge(f"a broadcast of {len(payload)} bytes; {PAYLOAD_BYTES_MAX} are allowed")
+        check_size(payload, "broadcast")
         await self._arrive()
         self._hub.publish(self, bytes(payload))
         await self._answered()
@@ -350,17 +348,6 @@ class MemorySession(ClusterSession):
                 continue
             self.index += 1
             return event
-
-
-class _Events(AsyncIterator[Event]):
-    """Not a generator: a cancelled ``anext`` leaves it usable, and loses nothing."""
-
-    def __init__(self, session: MemorySession) -> None:
-        self._session = session
-
-    async def __anext__(self) -> Event:
-        await anyio.lowlevel.checkpoint()
-        return await self._session.next_event()
 
 
 def nodes_of(events: Sequence[Event]) -> tuple[Node, ...]:

@@ -25,20 +25,20 @@ import anyio.abc
 import anyio.lowlevel
 
 from sheepdog.api import (
-    PAYLOAD_BYTES_MAX,
     ClusterDriver,
     ClusterSession,
     ClusterUnavailable,
     ConfigError,
     Event,
+    EventStream,
     GroupMember,
     GroupState,
     Joined,
     Left,
     Node,
-    PayloadTooLarge,
     RecordDamaged,
     SessionLost,
+    check_size,
 )
 from sheepdog_cluster_local import liveness
 from sheepdog_cluster_local.liveness import Traces
@@ -71,8 +71,7 @@ class LocalDriver(ClusterDriver):
 
     @asynccontextmanager
     async def _join(self, me: Node, greeting: bytes) -> AsyncIterator[ClusterSession]:
-        if len(greeting) > PAYLOAD_BYTES_MAX:
-            raise PayloadTooLarge(f"a greeting of {len(greeting)} bytes; {PAYLOAD_BYTES_MAX} are allowed")
+        check_size(greeting, "greeting")
         session = LocalSession(self.options, me)
         failure: Exception | None = None
         try:
@@ -250,11 +249,10 @@ class LocalSession(ClusterSession):
     # -- the contract -------------------------------------------------------------------------------------------
 
     def events(self) -> AsyncIterator[Event]:
-        return _Events(self)
+        return EventStream(self.next_event)
 
     async def broadcast(self, payload: bytes) -> None:
-        if len(payload) > PAYLOAD_BYTES_MAX:
-            raise PayloadTooLarge(f"a broadcast of {len(payload)} bytes; {PAYLOAD_BYTES_MAX} are allowed")
+        check_size(payload, "broadcast")
         await anyio.lowlevel.checkpoint()
         self._publish(GroupState.send_record(self._id, self._next_number(), bytes(payload)))
 
@@ -501,7 +499,13 @@ class LocalSession(ClusterSession):
 
     # -- events -------------------------------------------------------------------------------------------------
 
-    def next_event(self) -> Event | None:
+    async def next_event(self) -> Event:
+        """:raises SessionLost: instead of the next event."""
+        while (event := self._ready_event()) is None:
+            await self._wait()
+        return event
+
+    def _ready_event(self) -> Event | None:
         """The next event in order, or None if there is none yet.
 
         :raises SessionLost: there will be none.
@@ -529,7 +533,7 @@ class LocalSession(ClusterSession):
             self._check()
         return None
 
-    async def wait(self) -> None:
+    async def _wait(self) -> None:
         """Something may have happened."""
         try:
             await anyio.wait_readable(self._socket)
@@ -537,21 +541,6 @@ class LocalSession(ClusterSession):
             return  # next_event tells
         if not self._closed:
             self._drain()
-
-
-class _Events(AsyncIterator[Event]):
-    """Not a generator: a cancelled ``anext`` leaves it usable, and loses nothing."""
-
-    def __init__(self, session: LocalSession) -> None:
-        self._session = session
-
-    async def __anext__(self) -> Event:
-        await anyio.lowlevel.checkpoint()
-        while True:
-            event = self._session.next_event()
-            if event is not None:
-                return event
-            await self._session.wait()
 
 
 def _address(session: bytes) -> bytes:
