@@ -44,7 +44,7 @@ from sheepdog.contracts.services import (
     Volumes,
     completed,
 )
-from sheepdog.contracts.store import REPLICA, DiskInfo, ObjectStore, ShardKey, StoreOptions, Usage
+from sheepdog.contracts.store import REPLICA, DiskInfo, ObjectStore, ShardKey, StoreOptions, Usage, Verified
 from sheepdog.contracts.transport import Accept, Address, Buffer, Channel, Listener, Receiver, Transport
 from sheepdog.errors import (
     ClusterError,
@@ -65,6 +65,7 @@ from sheepdog.errors import (
     ReadOnlyObject,
     RequestError,
     SessionLost,
+    ShardCorrupt,
     SheepdogError,
     StoreBusy,
     StoreDeviceError,
@@ -228,6 +229,7 @@ __all__ = [
     "ServiceSession",
     "Services",
     "SessionLost",
+    "ShardCorrupt",
     "ShardKey",
     "ShardRange",
     "ShardWrite",
@@ -248,6 +250,7 @@ __all__ = [
     "VdiExists",
     "VdiLocked",
     "VdiNotFound",
+    "Verified",
     "Vid",
     "Volume",
     "VolumeInfo",

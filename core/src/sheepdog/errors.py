@@ -21,6 +21,7 @@ same thing again can help. Callers decide by class, never by message::
     │   ├── ObjectExists
     │   ├── StoreFull
     │   ├── StoreDeviceError        a disk is failing or gone
+    │   ├── ShardCorrupt            the bytes are not those that were stored
     │   └── StoreBusy               transient, for example out of file descriptors
     ├── RequestError                a request was understood and refused (one class, any result code)
     │   ├── InvalidParameters, VdiNotFound, TagNotFound, VdiExists, VdiLocked, ReadOnlyObject, Halted
@@ -137,6 +138,22 @@ class StoreDeviceError(StoreError):
     def __init__(self, message: str, *, path: str | None = None) -> None:
         super().__init__(message)
         self.path = path
+
+
+class ShardCorrupt(StoreError):
+    """What was read is not what was stored: nothing of it may be used. Other holders may have the object.
+
+    :param index: as in ``ShardKey``; ``epoch`` names a version that was set aside, ``None`` the live shard.
+    """
+
+    def __init__(self, oid: int, index: int, reason: str, *, epoch: int | None = None) -> None:
+        where = "" if index < 0 else f" strip={index}"
+        aside = "" if epoch is None else f" (set aside at epoch={epoch})"
+        super().__init__(f"oid={oid:016x}{where}{aside} is corrupt: {reason}")
+        self.oid = oid
+        self.index = index
+        self.reason = reason
+        self.epoch = epoch
 
 
 class StoreBusy(StoreError):

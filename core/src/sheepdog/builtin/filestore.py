@@ -313,6 +313,10 @@ class FileStore(ObjectStore):
     def size(self, key: ShardKey) -> int:
         return self._anywhere(key, os.stat).st_size
 
+    def modified_ns(self, key: ShardKey, *, epoch: int | None = None) -> int | None:
+        found = self._anywhere(key, os.stat) if epoch is None else self._stale(key, epoch, os.stat)
+        return found.st_mtime_ns
+
     # ---- lists
 
     def keys(self) -> Iterator[ShardKey]:
@@ -568,11 +572,17 @@ class FileStore(ObjectStore):
         except OSError as error:
             raise disk.trouble(error, f"moving {source}") from error
         try:
+            before = os.fstat(fd)
+
+            def fill(target_fd: int) -> None:
+                io.copy_contents(fd, target_fd)
+                os.utime(target_fd, ns=(before.st_atime_ns, before.st_mtime_ns))
+
             # Durable, since the only other copy goes right after.
             self._place(
                 home,
                 target,
-                lambda target_fd: io.copy_contents(fd, target_fd),
+                fill,
                 durable=True,
                 finish=lambda temporary: os.rename(temporary, target),
             )

@@ -53,11 +53,21 @@ class StoreOptions:
     replacing: bool = False
 
 
+class Verified(NamedTuple):
+    """What ``ObjectStore.verify`` looked at: so many bytes, and whether each of them had a checksum."""
+
+    count: int  # type: ignore[assignment]  # hides tuple.count(), which means nothing here
+    complete: bool
+
+
 class ObjectStore(ABC):
     """Holds the shards of one sheep.
 
     Errors common to all methods: ``StoreDeviceError`` (a disk is failing; some bytes may have been written),
-    ``StoreBusy`` (transient).
+    ``StoreBusy`` (transient). Whatever reads contents may raise ``ShardCorrupt``, if the store can tell.
+
+    A store need not know about checksums: core keeps them for every store (``daemon/checksums.py``). One that has its
+    own overrides the methods of the section on checksums.
     """
 
     @property
@@ -201,6 +211,44 @@ class ObjectStore(ABC):
     def reweigh(self) -> Usage:
         """The recorded weights are measured again; returns the new usage."""
         return self.usage()
+
+    # ---- checksums
+
+    def verify(self, key: ShardKey, *, offset_bytes: int, length_bytes: int) -> Verified:
+        """The bytes of the live shard are those that were stored, as far as the store has checksums of them.
+
+        The count is short only at the end of the shard. Reads from the medium only what it has checksums of.
+
+        :raises ShardCorrupt: they are not.
+        :raises ObjectNotFound: no live shard under this key.
+        """
+        return Verified(max(0, min(length_bytes, self.size(key) - offset_bytes)), False)
+
+    def stored_digest(self, key: ShardKey) -> bytes:
+        """SHA-1 (20 bytes) of what lies on the medium now, be it right or not; nothing remembered is believed."""
+        return self.digest(key)
+
+    def accept(self, key: ShardKey, digest: bytes) -> bool:
+        """If the live shard has this SHA-1 it is right, and checksums are made of it; says whether it has.
+
+        A mutator. The caller has compared the shard with other holders'.
+
+        :raises ObjectNotFound: no live shard under this key.
+        """
+        return self.stored_digest(key) == digest
+
+    def modified_ns(self, key: ShardKey, *, epoch: int | None = None) -> int | None:
+        """When the bytes of the live shard, or of the stale version of ``epoch``, were changed last, by whomever.
+
+        In nanoseconds since 1970, on the clock of the medium; ``None`` if the store cannot tell. It stays the same when
+        the shard is set aside, comes back or is moved, and when the store is opened again.
+
+        :raises ObjectNotFound: there is none.
+        """
+        return None
+
+    def upkeep(self) -> None:
+        """Called every half minute from a worker thread: time to write down what was only in memory."""
 
     def close(self) -> None:
         """Nothing is used after this; whatever was written is handed to the operating system."""

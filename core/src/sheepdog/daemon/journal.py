@@ -25,13 +25,14 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-from sheepdog.contracts.store import Buffer, DiskInfo, ObjectStore, ShardKey, Usage
+from sheepdog.contracts.store import Buffer, ObjectStore, ShardKey
 from sheepdog.daemon import journal_files
 from sheepdog.daemon.config import SheepConfig
 from sheepdog.daemon.journal_files import JOURNAL, JournalFile, Left, file_paths
+from sheepdog.daemon.store_wrapper import StoreWrapper
 from sheepdog.daemon.strip_memory import Record, StripChange, StripMemory, pack_known
 from sheepdog.errors import ConfigError, StoreError
 from sheepdog.model.journal_entry import JournalEntry, JournalKind, entry_bytes
@@ -407,11 +408,11 @@ class Journal:
                 logger.error("the journal file %s cannot be removed (%s)", file.path, error.strerror)
 
 
-class JournaledStore(ObjectStore):
+class JournaledStore(StoreWrapper):
     """A store whose changes are durable as soon as the journal has them."""
 
     def __init__(self, inner: ObjectStore, journal: Journal) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self._given = journal
         self.strips_left = journal.strips()  # what is known of strips at the start
         journal.serve(self._flush)
@@ -591,56 +592,6 @@ class JournaledStore(ObjectStore):
     def sync(self, keys: Iterable[ShardKey]) -> None:
         if not self._journal.commit():
             self.inner.sync(keys)
-
-    # ---- the rest is the store's
-
-    def read_into(self, key: ShardKey, buffer: memoryview, *, offset_bytes: int) -> int:
-        return self.inner.read_into(key, buffer, offset_bytes=offset_bytes)
-
-    def try_read_into(self, key: ShardKey, buffer: memoryview, *, offset_bytes: int) -> int | None:
-        return self.inner.try_read_into(key, buffer, offset_bytes=offset_bytes)
-
-    def exists(self, key: ShardKey) -> bool:
-        return self.inner.exists(key)
-
-    def size(self, key: ShardKey) -> int:
-        return self.inner.size(key)
-
-    def keys(self) -> Iterator[ShardKey]:
-        return self.inner.keys()
-
-    def stale_keys(self) -> Iterator[tuple[ShardKey, int]]:
-        return self.inner.stale_keys()
-
-    def digest(self, key: ShardKey, *, epoch: int | None = None, cache: bool = False) -> bytes:
-        return self.inner.digest(key, epoch=epoch, cache=cache)
-
-    def read_stale_into(self, key: ShardKey, epoch: int, buffer: memoryview, *, offset_bytes: int) -> int:
-        return self.inner.read_stale_into(key, epoch, buffer, offset_bytes=offset_bytes)
-
-    def stale_size(self, key: ShardKey, epoch: int) -> int:
-        return self.inner.stale_size(key, epoch)
-
-    def purge_stale(self) -> None:
-        self.inner.purge_stale()
-
-    def usage(self) -> Usage:
-        return self.inner.usage()
-
-    def disks(self) -> tuple[DiskInfo, ...]:
-        return self.inner.disks()
-
-    def add_disk(self, path: str) -> None:
-        self.inner.add_disk(path)
-
-    def remove_disk(self, path: str) -> None:
-        self.inner.remove_disk(path)
-
-    def reweigh(self) -> Usage:
-        return self.inner.reweigh()
-
-    def close(self) -> None:
-        self.inner.close()
 
 
 def left_journal(directory: str, name: str = JOURNAL) -> bool:

@@ -21,6 +21,7 @@ from sheepdog.contracts.store import REPLICA, Buffer, ObjectStore, ShardKey
 from sheepdog.daemon import journal_files
 from sheepdog.daemon.journal import DEFAULT_SHIFT, Journal, JournaledStore, left_journal
 from sheepdog.daemon.journal_files import STRIPS, Left, file_paths
+from sheepdog.daemon.store_wrapper import StoreWrapper
 from sheepdog.daemon.strip_memory import StripChange, StripMemory
 from sheepdog.errors import ConfigError, StoreError
 from sheepdog.model.journal_entry import JournalKind, entry_bytes
@@ -111,7 +112,7 @@ class StripStore(JournaledStore):
     """A store whose strips have a journal."""
 
     def __init__(self, inner: ObjectStore, log: StripLog) -> None:
-        self.inner = inner
+        StoreWrapper.__init__(self, inner)
         self._log = log
         self.strips_left = log.left.strips if log.made is None else log.made.strips()
         log.serve(self._flush if log.synced else _flush_nothing)

@@ -23,7 +23,9 @@ from pathlib import Path
 import pytest
 
 from sheepdog.contracts.store import ObjectStore, ShardKey, StoreOptions
-from sheepdog.errors import ObjectNotFound, StoreError
+from sheepdog.daemon.checksum_files import ChecksumFiles
+from sheepdog.daemon.checksums import ChecksummedStore
+from sheepdog.errors import ObjectNotFound, ShardCorrupt, StoreError
 from sheepdog.model.ids import data_oid
 from sheepdog.testing.store_disk_checks import DiskChecks
 from sheepdog.testing.store_tools import (
@@ -287,6 +289,72 @@ class StoreKit(DiskChecks):
 
         put(store, KEY, b"replaced")
         assert store.digest(KEY, cache=True) == hashlib.sha1(b"replaced").digest()
+
+    def test_verify_counts(self, store: ObjectStore) -> None:
+        """Verifying says how far it came, short only at the end of the shard, and misses a missing one."""
+        put(store, KEY, content(1, 10_000))
+
+        assert store.verify(KEY, offset_bytes=0, length_bytes=4 * KiB).count == 4 * KiB
+        assert store.verify(KEY, offset_bytes=8 * KiB, length_bytes=4 * KiB).count == 10_000 - 8 * KiB
+        assert store.verify(KEY, offset_bytes=12 * KiB, length_bytes=4 * KiB).count == 0
+        with pytest.raises(ObjectNotFound):
+            store.verify(OTHER, offset_bytes=0, length_bytes=1)
+
+    def test_accept(self, store: ObjectStore) -> None:
+        """A shard is accepted by the digest of what is stored, and by no other; its content stays as it is."""
+        put(store, KEY, content(1, 10_000))
+
+        assert not store.accept(KEY, bytes(20))
+        assert store.accept(KEY, store.stored_digest(KEY))
+        store.upkeep()
+        assert store.stored_digest(KEY) == store.digest(KEY) == hashlib.sha1(content(1, 10_000)).digest()
+        assert get(store, KEY) == content(1, 10_000)
+        with pytest.raises(ObjectNotFound):
+            store.accept(OTHER, bytes(20))
+
+    def test_time_of_the_last_change(
+        self, store: ObjectStore, store_factory: StoreFactory, options: StoreOptions
+    ) -> None:
+        """A store that tells when a shard was changed last tells the same as long as nothing is written to it."""
+        put(store, KEY, content(1, 10_000))
+        store.write(KEY, b"more", offset_bytes=5, durable=False)
+        modified = store.modified_ns(KEY)
+        if modified is None:
+            return
+
+        with pytest.raises(ObjectNotFound):
+            store.modified_ns(OTHER)
+        get(store, KEY)
+        store.digest(KEY, cache=True)
+        store.sync([KEY])
+        assert store.modified_ns(KEY) == modified
+        store.retire(KEY, 3)
+        assert store.modified_ns(KEY, epoch=3) == modified
+        store.revive(KEY, 3)
+        assert store.modified_ns(KEY) == modified
+        again = store_factory(options)
+        assert again.modified_ns(KEY) == modified
+        again.close()
+
+    def test_under_checksums(self, store: ObjectStore, tmp_path: Path) -> None:
+        """Core can keep checksums for the store: what is written through them reads back, what is not is noticed."""
+        (tmp_path / "beside").mkdir()
+        checked = ChecksummedStore(store, ChecksumFiles(str(tmp_path / "beside"), durable=True))
+        put(checked, KEY, content(1, 40 * KiB))
+        checked.write(KEY, b"some bytes", offset_bytes=5000, durable=False)
+        checked.upkeep()
+        checked.upkeep()
+        expected = bytearray(content(1, 40 * KiB))
+        expected[5000:5010] = b"some bytes"
+        assert get(checked, KEY) == expected
+
+        store.write(KEY, b"others", offset_bytes=20_000, durable=False)
+
+        with pytest.raises(ShardCorrupt):
+            get(checked, KEY)
+        checked.retire(KEY, 7)
+        with pytest.raises(ShardCorrupt):
+            get_stale(checked, KEY, 7)
 
     def test_digest_of_a_stale_version(self, store: ObjectStore) -> None:
         """Every version has a digest of its own."""
