@@ -13,7 +13,7 @@ from sheepdog.model.node import Node, NodeId
 VID, OID = 9, 9 << 32
 ADDRESSES = [f"10.0.0.{number}:7000" for number in range(1, 4)]
 NODES = tuple(Node(NodeId.of(f"10.0.0.{number}", 7000), 128, number) for number in range(1, 4))
-GET_HASH, READ_PEER, WRITE_STRIP, SETTLE, REPAIR = 0xB4, 0xA4, 0xA3, 0xE7, 0xC5
+GET_HASH, READ_PEER, WRITE_STRIP, SETTLE, REPAIR, COMPARE = 0xB4, 0xA4, 0xA3, 0xE7, 0xC5, 0xE0
 NO_OBJ, INVALID_PARMS = 0x02, 0x05
 
 
@@ -62,6 +62,33 @@ def test_strip_is_mended_by_the_primary(cluster: Cluster) -> None:
 
     assert outcome.stdout.decode() == f"fixed missing {OID:016x}, copy index 1\nfinish check&repair a\n"
     assert (outcome.code, outcome.stderr, count(cluster, WRITE_STRIP)) == (0, "", 0)
+
+
+@pytest.mark.parametrize("mended", [True, False])
+def test_corrupt_strip(cluster: Cluster, mended: bool) -> None:
+    """A strip of which its holder knows that it is wrong is put right by the primary, who compares all; or it is said
+    that it is not. --dry-run only names it."""
+    corrupt = {1}
+
+    def read(header: bytes, data: bytes) -> Answer:
+        length = int.from_bytes(header[12:16], "little")
+        return (0x03, b"", b"") if header[34] in corrupt else (0, bytes(length), b"")
+
+    def compare(header: bytes, data: bytes) -> Answer:
+        if mended:
+            corrupt.clear()
+        return 0, b"", b""
+
+    cluster.table[READ_PEER] = read
+    cluster.table[COMPARE] = compare
+    dry = cluster.dog("vdi", "check", "--dry-run", "a")
+    assert dry.stdout.decode().startswith(f"corrupt {OID:016x}, copy index 1 on 10.0.0.")
+    outcome = cluster.dog("vdi", "check", "a")
+
+    fixed = f"fixed corrupt {OID:016x}, copy index 1\n" if mended else ""
+    assert outcome.stdout.decode() == f"{fixed}finish check&repair a\n"
+    assert outcome.stderr.startswith("" if mended else f"failed to repair object {OID:016x} from 10.0.0.")
+    assert count(cluster, WRITE_STRIP) + count(cluster, SETTLE) == 0
 
 
 def test_strip_is_written_to_original_sheep(cluster: Cluster) -> None:

@@ -65,6 +65,23 @@ def test_version() -> None:
     assert "Cluster drivers" not in chosen and "\tMiscellaneous: " in chosen
 
 
+@pytest.mark.parametrize(
+    ("text", "interval", "rate"),
+    [
+        ("", 604_800, 32_000_000),
+        ("interval=0", 0, 32_000_000),
+        ("interval=90", 90, 32_000_000),
+        ("rate=5,interval=2h", 7200, 5_000_000),
+        ("interval=14d,rate=100000", 14 * 86_400, 100_000_000_000),
+    ],
+)
+def test_scrub(text: str, interval: int, rate: int) -> None:
+    """``--scrub`` takes a time with a unit and whole MB/s, each with its default."""
+    config = parse("--scrub", text, "/x").scrub
+
+    assert (config.interval_s, config.rate_bytes) == (interval, rate)
+
+
 def test_first_wins() -> None:
     """Options are handled from left to right: help before a bad one wins, and the other way round."""
     assert run("-h", "-Q")[0] == 0
@@ -95,6 +112,9 @@ def test_first_wins() -> None:
         (["-j", "size=12MB"], "Invalid size '12MB'\n" + SUFFIXES),
         (["-j", "size=64M,what"], "invalid option what\n"),
         (["-R", "max=1,foo=2"], "invalid option foo=2\n"),
+        (["--scrub", "often"], "invalid option often\n"),
+        (["--scrub", "rate=0"], "Invalid rate '0': must be an integer between 1 and 100000 (MB/s)\n"),
+        (["--scrub", "interval=1w"], "Invalid interval '1w': must be an integer, with s, m, h or d behind it\n"),
         (["-w", "size=100"], "invalid option size=100\n"),
         (["-l", "color=red"], "invalid option color=red\n"),
         (["-l", "format=xml"], "invalid log format: xml\nvalid options are:\n\tdefault\n\tserver\n\tjson\n"),

@@ -274,9 +274,13 @@ def test_dry_run(cluster: SheepCluster) -> None:
     tree = inode_oid(vid_of_name(cluster, "tree"))
     (gone, missing), (changed, differing) = files_of(cluster, first)[1], files_of(cluster, second)[2]
     broken, node = files_of(cluster, tree)[0]
-    missing.unlink()
-    overwrite(differing, b"rot", 4096)
-    overwrite(node, b"rot", 600)
+
+    def damage() -> None:
+        missing.unlink()
+        overwrite(differing, b"rot", 4096)
+        overwrite(node, b"rot", 600)
+
+    rest(cluster, damage)
     expected = {
         "dry": [f"differing {second:016x} on {cluster.address(changed)}",
                 f"missing {first:016x} on {cluster.address(gone)}"],

@@ -20,6 +20,7 @@ from sheepdog.daemon.config import (
     IoAddress,
     JournalConfig,
     LogConfig,
+    ScrubConfig,
     SheepConfig,
     Throttle,
 )
@@ -39,6 +40,8 @@ DEFAULT_PATH = "/tmp"
 LOG_NAME = "sheep.log"
 U32_MAX = (1 << 32) - 1
 DELAY_MAX_S = 24 * 3600
+TIME_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 24 * 3600}
+RATE_MAX = 100_000  # MB/s
 
 
 class BadUsage(Exception):
@@ -100,6 +103,7 @@ class _Options:
         self.front_ends: list[FrontEndConfig] = []
         self.throttle = Throttle()
         self.recovery_delay_s = 0.0
+        self.scrub = ScrubConfig()
         self.vnodes: int | None = None
         self.threads: dict[str, int] = {}
         self.threads_max: int | None = None
@@ -132,6 +136,7 @@ class _Options:
             journal=self.journal,
             recovery_throttle=self.throttle,
             recovery_delay_s=self.recovery_delay_s,
+            scrub=self.scrub,
             thread_counts=tuple(self.threads.items()),
             threads_max=self.threads_max,
             pid_file=self.pid_file,
@@ -308,6 +313,22 @@ class _Options:
     def on_recovery_delay(self, text: str) -> None:
         message = f"Invalid recovery delay '{text}': must be an integer between 0 and {DELAY_MAX_S}"
         self.recovery_delay_s = float(self._number(text, 0, DELAY_MAX_S, message))
+
+    def on_scrub(self, text: str) -> None:
+        interval, rate = self.scrub.interval_s, self.scrub.rate_bytes
+        for key, value, word in _words(text, "interval=", "rate="):
+            if key == "interval=":
+                unit = TIME_UNITS.get(value[-1:], 0)
+                number = parse_decimal(value[:-1] if unit else value, 0, U32_MAX)
+                if number is None:
+                    _refuse(f"Invalid interval '{value}': must be an integer, with s, m, h or d behind it")
+                interval = number * (unit or 1)
+            elif key == "rate=":
+                message = f"Invalid rate '{value}': must be an integer between 1 and {RATE_MAX} (MB/s)"
+                rate = self._number(value, 1, RATE_MAX, message) * 1_000_000
+            else:
+                _refuse(f"invalid option {word}")
+        self.scrub = ScrubConfig(interval, rate)
 
     def on_wq_threads(self, text: str) -> None:
         for key, value, word in _words(text, *(pool + "=" for pool in POOLS)):

@@ -41,6 +41,7 @@ EXTENSIONS = (
     Option("", "nbd", "ADDRESS", "serve volumes by NBD at [HOST:]PORT or unix:PATH; may be repeated"),
     Option("", "frontend", "NAME[:OPTIONS]", "serve volumes by another front end plugin; may be repeated"),
     Option("", "recovery-delay", "SECONDS", "wait before moving data when a node left, it may be back soon (0)"),
+    Option("", "scrub", "LIST", "how often and how fast to look for corrupt objects"),
 )
 
 ALL_OPTIONS = OPTIONS + EXTENSIONS
@@ -88,6 +89,12 @@ Example:
 -R max=NUMBER,interval=MILLISECONDS   pause after every NUMBER recovered objects
 Example:
 \t$ sheep -R max=50,interval=1000 /srv/sheep
+""",
+    "scrub": """\
+--scrub interval=TIME,rate=MB/s   look at everything stored once in so long (7d), reading at most so much (32)
+TIME: seconds, or a number with s, m, h or d; 0: only when 'dog node scrub start' asks for it
+Example:
+\t$ sheep --scrub interval=14d,rate=50 /srv/sheep
 """,
     "vnodes": """\
 -V NUMBER   fixed number of virtual nodes, 1 to 65535

@@ -83,10 +83,11 @@ FAMILY_OPTIONS: dict[str, dict[str, Option]] = {
         Option("I", "reclamation-interval", "seconds", "pause between those requests"),
     ),
     "node": _options(
-        Option("A", "all", "", "show the disks of all nodes"),
+        Option("A", "all", "", "all nodes, not only the contacted one"),
         Option("P", "progress", "", "follow the recovery of the node"),
         Option("w", "watch", "", "repeat every second"),
         Option("l", "local", "", "the contacted node itself"),
+        Option("R", "rate", "MB/s", "read at most so much"),
         Option("f", "force", "", "ask nothing"),
     ),
     "cluster": _options(
@@ -140,6 +141,11 @@ _MD = (
     Nested("plug", "add disks", True),
     Nested("unplug", "take disks out", True),
 )
+_SCRUB = (
+    Nested("status", "show what the scrub does and has found (default)", nodes=True),
+    Nested("start", "look at everything that is stored", nodes=True),
+    Nested("stop", "interrupt it", nodes=True),
+)
 _RECOVERY = (
     Nested("info", "show the nodes in recovery (default)"),
     Nested("set-throttle", "slow recovery down"),
@@ -186,6 +192,8 @@ COMMANDS: tuple[Command, ...] = (
     Command("node", "recovery", "show or throttle recovery", "aphPrT", "node_recovery",
             "[<max> <interval>]", True, False, _RECOVERY, True),
     Command("node", "md", "look at or change the disks", "aprAfhT", "node_md", "[disks]", False, True, _MD, True),
+    Command("node", "scrub", "look for corrupt objects and repair them", "aprARhT", "node_scrub",
+            "", False, False, _SCRUB, True),
     Command("node", "stat", "show the counters of a node", "aprwhT", "node_stat", json=True),
     Command("node", "log", "look at or change the log level", "aphT", "node_log", "", False, True, _LOG, True),
     Command("node", "vnodes", "change the number of virtual nodes", "aph", "node_vnodes",

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 U32_MAX = (1 << 32) - 1
 U64_MAX = (1 << 64) - 1
+RATE_MAX = 100_000  # MB/s
 
 
 class Selector:
@@ -129,6 +130,13 @@ def _number(text: str) -> int:
     return number
 
 
+def _rate(text: str) -> int:
+    rate = parse_decimal(text, 1, RATE_MAX)
+    if rate is None:
+        fail(f"Invalid rate '{text}': must be an integer between 1 and {RATE_MAX} (MB/s)", EXIT_USAGE)
+    return rate
+
+
 def parse_port(text: str) -> int:
     """A TCP port.
 
@@ -188,6 +196,8 @@ def apply(options: Options, family: str, letter: str, name: str, text: str) -> N
         value = _oid(text)
     elif family == "vdi" and letter == "m":
         value = _count(text, "maximum number of reclamation")
+    elif family == "node" and letter == "R":
+        value = _rate(text)
     elif family == "cluster" and letter == "b":
         value = text
     elif family == "upgrade" and letter == "o":

@@ -40,11 +40,12 @@ class Plane:
 
     def __init__(self, transport, store, executor, spawn, *, durable=False, factories=(), start=0):
         self.transport = transport
+        self.executor = executor
         self.state = SheepState(Node(NodeId.of("127.0.0.1", 1), 128, 0, 1 << 30))
         self.outbox = Outbox()
         self.stats = Stats()
         self.unsettled = Unsettled()
-        clock = SystemClock()
+        self.clock = clock = SystemClock()
         self.dispatcher = Dispatcher(self.state, self.outbox, spawn)
         self.server = Server(self.dispatcher, self.outbox, self.unsettled.abandon)
         self.peers = PeerPool(transport, self.outbox, clock, spawn)

@@ -9,9 +9,11 @@ import pytest
 
 from sheepdog.contracts.store import ShardKey, StoreOptions
 from sheepdog.daemon import striped
+from sheepdog.daemon.checksum_files import ChecksumFiles
+from sheepdog.daemon.checksums import ChecksummedStore
 from sheepdog.daemon.strip_memory import StripMemory
 from sheepdog.daemon.striped_undo import StripUndo
-from sheepdog.errors import RequestError, SheepdogError
+from sheepdog.errors import RequestError, ShardCorrupt, SheepdogError
 from sheepdog.model.ids import attribute_oid, data_oid
 from sheepdog.testing.memory_store import MemoryMedium, MemoryStore
 from sheepdog.wire.extensions import STRIP_WRITE
@@ -304,6 +306,31 @@ async def test_random_deaths():
                 assert values == {acknowledged[sector]}
             else:
                 assert values <= submitted[sector] - {0}
+
+
+async def test_write_to_a_corrupt_strip(tmp_path):
+    """What was there before cannot be read: the write is made nevertheless, is on record like any other, and makes the
+    blocks that it covers right again."""
+
+    def checksummed(number):
+        base = tmp_path / str(number)
+        base.mkdir()
+        return ChecksummedStore(make_store(number), ChecksumFiles(str(base), durable=True, boot_id="b"))
+
+    async with world(3, checksummed, copies=3, factories=(sheepdog_redundancy(),), policy=TWO_ONE) as made:
+        oid = made.object_on(0, 1, 2, copies=3)
+        await made.sheep[0].objects.create(oid, 0, random_bytes(1, 2 * PART))
+        made.sheep[1].store.inner.write(ShardKey(oid, 1), b"rotten", offset_bytes=4096, durable=False)
+        with pytest.raises(ShardCorrupt):
+            made.content(1, oid, 1, PART)
+
+        new = random_bytes(2, 2 * PART)
+        await made.sheep[0].objects.write(oid, 0, new)
+
+        first, second = (made.sheep[number].gateway.striped.undo.memory.records[oid] for number in (1, 2))
+        assert first.number == second.number
+        made.content(1, oid, 1, PART)
+        assert await made.sheep[2].objects.read(oid, 0, 2 * PART) == new
 
 
 async def test_restarted_holder_is_no_witness():

@@ -21,7 +21,7 @@ from sheepdog.errors import ProtocolError, SheepdogError, TransportError
 from sheepdog.model.ids import always_replicated, format_oid, object_bytes
 from sheepdog.model.inode import InodeHeader
 from sheepdog.model.ring import Ring
-from sheepdog.wire.extensions import REPAIR_NEEDLESS, SETTLE
+from sheepdog.wire.extensions import COMPARE, REPAIR_NEEDLESS, SETTLE
 from sheepdog_cli.output import Progress
 from sheepdog_cli.session import EXIT_FAILURE, RESULT_EIO, Quit, Session, complain, describe, fail
 
@@ -50,6 +50,10 @@ _FORW = Struct("<Q16sH6x")
 
 class Stopped(Exception):
     """The check cannot go on; the message says why."""
+
+
+class _Corrupt(Exception):
+    """The holder of a strip knows that it is not what was stored."""
 
 
 class Checker:
@@ -118,26 +122,30 @@ class Checker:
 
     # --- copies ---
 
-    def _digests(self, oid: int, holders: tuple[Node, ...]) -> dict[int, bytes]:
+    def _digests(self, oid: int, holders: tuple[Node, ...]) -> tuple[dict[int, bytes], set[int]]:
+        """Of the copies, by holder, and who says that the checksums of its own do not fit."""
         digests: dict[int, bytes] = {}
+        corrupt: set[int] = set()
         for at, node in enumerate(holders):
             response = self._call(node, oid, OP_GET_HASH, oid=oid, tgt_epoch=self._session.epoch)
             if response.result == RESULT_SUCCESS:
                 digests[at] = response.header[24:44]
+            elif response.result == RESULT_EIO:
+                corrupt.add(at)
             elif response.result != RESULT_NO_OBJ:
                 raise Stopped(f"failed to read {format_oid(oid)} from {node.id.text}, {describe(response.result)}")
-        return digests
+        return digests, corrupt
 
     def _check_copies(self, oid: int, holders: tuple[Node, ...]) -> None:
-        digests = self._digests(oid, holders)
+        digests, corrupt = self._digests(oid, holders)
         for _ in range(LOOKS - 1):
             # Only where nothing is repaired: a repair is looked into by the primary.
             if len(set(digests.values())) < 2 or not (self._dry_run or _no_majority(digests)):
                 break
             time.sleep(PAUSE_S)
-            digests = self._digests(oid, holders)
+            digests, corrupt = self._digests(oid, holders)
         if not digests:
-            self._wrong(f"no node has {format_oid(oid)}")
+            self._wrong(f"no good copy of {format_oid(oid)}" if corrupt else f"no node has {format_oid(oid)}")
             return
         if _no_majority(digests):
             self._wrong(f"no majority of {format_oid(oid)}")
@@ -145,7 +153,8 @@ class Checker:
         digest, _ = Counter(digests.values()).most_common(1)[0]
         if self._dry_run:
             found = [
-                f"{'differing' if at in digests else 'missing'} {format_oid(oid)} on {node.id.text}"
+                f"{'corrupt' if at in corrupt else 'differing' if at in digests else 'missing'} {format_oid(oid)}"
+                f" on {node.id.text}"
                 for at, node in enumerate(holders)
                 if digests.get(at) != digest
             ]
@@ -158,15 +167,20 @@ class Checker:
             variant = _FORW.pack(oid, source.id.address, source.id.port)
             response = self._call(node, oid, OP_REPAIR_REPLICA, variant=variant)
             if response.result == RESULT_SUCCESS:
-                if response.variant[0] == REPAIR_NEEDLESS:
+                if response.variant[0] == REPAIR_NEEDLESS and at not in corrupt:
                     continue  # a write was on its way when we compared
-                self._say(f"fixed {'replica' if at in digests else 'missing'} {format_oid(oid)}")
+                known = at in digests or at in corrupt
+                self._say(f"fixed {'replica' if known else 'missing'} {format_oid(oid)}")
             else:
                 self._wrong(f"failed to repair object {format_oid(oid)} from {source.id.text} to {node.id.text}")
 
     # --- strips ---
 
     def _strip(self, oid: int, node: Node, at: int, length: int) -> bytearray | None:
+        """``None`` if there is none there.
+
+        :raises _Corrupt: there is one, of which its holder knows that it is wrong.
+        """
         epoch = self._session.epoch
         response = self._call(
             node, oid, OP_READ_PEER, epoch=epoch, tgt_epoch=epoch, oid=oid, ec_index=at, data_length=length
@@ -175,21 +189,34 @@ class Checker:
             return response.body
         if response.result == RESULT_NO_OBJ:
             return None
+        if response.result == RESULT_EIO:
+            raise _Corrupt
         raise Stopped(f"failed to read {format_oid(oid)} from {node.id.text}, {describe(response.result)}")
 
-    def _strips(self, oid: int, holders: tuple[Node, ...], length: int) -> dict[int, bytearray]:
-        read = ((at, self._strip(oid, node, at, length)) for at, node in enumerate(holders))
-        return {at: strip for at, strip in read if strip is not None}
+    def _strips(self, oid: int, holders: tuple[Node, ...], length: int) -> tuple[dict[int, bytearray], set[int]]:
+        """The strips that are there and may be right, by index, and the indexes of those that are corrupt."""
+        strips: dict[int, bytearray] = {}
+        corrupt: set[int] = set()
+        for at, node in enumerate(holders):
+            try:
+                strip = self._strip(oid, node, at, length)
+            except _Corrupt:
+                corrupt.add(at)
+                continue
+            if strip is not None:
+                strips[at] = strip
+        return strips, corrupt
 
     def _check_strips(self, oid: int, holders: tuple[Node, ...], scheme: RedundancyScheme) -> None:
         length = scheme.shard_bytes(object_bytes(oid, self._header.block_size_shift))
-        strips = self._strips(oid, holders, length)
+        strips, corrupt = self._strips(oid, holders, length)
         steady: dict[int, bytearray] = strips
         for _ in range(LOOKS - 1):
             if len(strips) < len(holders) or _fit(scheme, steady):
                 break
             time.sleep(PAUSE_S)
-            before, strips = strips, self._strips(oid, holders, length)
+            before = strips
+            strips, corrupt = self._strips(oid, holders, length)
             steady = _unchanged(before, strips)
         missing = [at for at in range(len(holders)) if at not in strips]
         if not missing:
@@ -202,14 +229,15 @@ class Checker:
                 f"failed to rebuild object {format_oid(oid)}. {len(missing)} copies get lost, more than {spare}"
             )
         elif self._dry_run:
-            self._say(*(f"missing {format_oid(oid)}, copy index {at} on {holders[at].id.text}" for at in missing))
+            self._say(
+                *(f"{_word(at, corrupt)} {format_oid(oid)}, copy index {at} on {holders[at].id.text}" for at in missing)
+            )
         else:
             enough = dict(list(strips.items())[: scheme.shards_to_read])
-            self._mend_strips(oid, holders, {at: bytes(scheme.rebuild(at, enough)) for at in missing})
+            self._mend_strips(oid, holders, {at: bytes(scheme.rebuild(at, enough)) for at in missing}, corrupt)
 
-    def _mend_strips(self, oid: int, holders: tuple[Node, ...], wanted: dict[int, bytes]) -> None:
-        epoch = self._session.epoch
-        asked = self._call(holders[0], oid, SETTLE, epoch=epoch, oid=oid)
+    def _mend_strips(self, oid: int, holders: tuple[Node, ...], wanted: dict[int, bytes], corrupt: set[int]) -> None:
+        asked = self._call(holders[0], oid, COMPARE if corrupt else SETTLE, epoch=self._session.epoch, oid=oid)
         if asked.result in (RESULT_OLD_NODE_VER, RESULT_NEW_NODE_VER):
             raise Stopped(f"failed to read {format_oid(oid)} from {holders[0].id.text}, {describe(asked.result)}")
         for at, strip in wanted.items():
@@ -217,11 +245,17 @@ class Checker:
             if asked.result == RESULT_INVALID_PARMS:
                 mended = self._write_strip(oid, node, at, strip)
             else:
-                mended = self._strip(oid, node, at, 1) is not None
+                mended = self._is_there(oid, node, at, len(strip))
             if mended:
-                self._say(f"fixed missing {format_oid(oid)}, copy index {at}")
+                self._say(f"fixed {_word(at, corrupt)} {format_oid(oid)}, copy index {at}")
             else:
                 self._wrong(f"failed to repair object {format_oid(oid)} from {holders[0].id.text} to {node.id.text}")
+
+    def _is_there(self, oid: int, node: Node, at: int, length: int) -> bool:
+        try:
+            return self._strip(oid, node, at, length) is not None
+        except _Corrupt:
+            return False
 
     def _write_strip(self, oid: int, node: Node, at: int, strip: bytes) -> bool:
         response = self._call(
@@ -261,6 +295,10 @@ class Checker:
     def _end_bar(self) -> None:
         if self._progress is not None:
             self._progress.end()
+
+
+def _word(at: int, corrupt: set[int]) -> str:
+    return "corrupt" if at in corrupt else "missing"
 
 
 def _no_majority(digests: dict[int, bytes]) -> bool:

@@ -12,7 +12,7 @@ from sheepdog.contracts.store import ObjectStore
 from sheepdog.daemon.shards import Shards
 from sheepdog.daemon.state import SheepState
 from sheepdog.daemon.stats import Stats
-from sheepdog.errors import PluginError, RequestError, StoreDeviceError, StoreError
+from sheepdog.errors import PluginError, RequestError, ShardCorrupt, StoreDeviceError, StoreError
 from sheepdog.wire.results import Result
 
 if TYPE_CHECKING:
@@ -129,6 +129,11 @@ class LocalBackend:
                 return True
         self._lifecycle.stop(0, "no disks available, going down")
         return False
+
+    def corrupt(self, error: ShardCorrupt) -> None:
+        """A shard was found corrupt by somebody who read past ``shards``."""
+        assert self.shards is not None, "a gateway has no shards"
+        self.shards.corrupt(error)
 
     async def plug(self, path: str) -> None:
         """The directory takes its share of the objects.

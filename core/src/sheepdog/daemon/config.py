@@ -56,6 +56,24 @@ class Throttle:
 
 
 @dataclass(frozen=True, slots=True)
+class ScrubConfig:
+    """When and how fast everything stored is looked at (``--scrub``).
+
+    A week and 32 MB/s: 4 TB take a day and a half, and meanwhile a spinning disk is busy with it for a fifth of its
+    time.
+
+    :param interval_s: between the starts of two passes; 0: only when asked to.
+    :param rate_bytes: at most so many bytes are read per second.
+    """
+
+    interval_s: int = 7 * 24 * 3600
+    rate_bytes: int = 32_000_000
+
+    def __post_init__(self) -> None:
+        assert self.interval_s >= 0 and self.rate_bytes > 0, f"{self}"
+
+
+@dataclass(frozen=True, slots=True)
 class LogConfig:
     """Where the log goes and how it looks (``-l``). The daemon itself only logs; the command line installs handlers."""
 
@@ -112,6 +130,7 @@ class SheepConfig:
     wildcard_recovery: bool = False
     journal: JournalConfig | None = None
     recovery_throttle: Throttle = Throttle()
+    scrub: ScrubConfig = ScrubConfig()
     recovery_delay_s: float = 0.0  # wait so long before moving data after a member left
     thread_counts: tuple[tuple[str, int], ...] = ()
     threads_max: int | None = None

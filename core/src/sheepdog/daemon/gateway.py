@@ -487,7 +487,8 @@ class _Read(_Operation):
     def _local_done(self, result: int, data: Any) -> None:  # Any: the bytes on success
         if not result:
             self.finish(0, data)
-        elif result == Result.NO_OBJ or result in RETRYABLE:
+        elif result in (Result.NO_OBJ, Result.EIO) or result in RETRYABLE:
+            # A corrupt copy is no reason to fail while somebody has a good one.
             self.worst = 0 if result == Result.NO_OBJ else result
             self.trying = 0
             self._next_holder()

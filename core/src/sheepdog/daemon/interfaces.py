@@ -11,6 +11,7 @@ from typing import Protocol, TypeAlias, TypeVar
 
 from sheepdog.contracts.services import Executor
 from sheepdog.contracts.store import ObjectStore
+from sheepdog.errors import ShardCorrupt
 from sheepdog.model.clusterinfo import DiskConfig
 from sheepdog.model.epochs import EpochRecord
 from sheepdog.model.node import NodeId
@@ -179,6 +180,9 @@ class Backend(Protocol):
 
         :raises StoreError: what ``work`` raised. Not to be called on a gateway.
         """
+
+    def corrupt(self, error: ShardCorrupt) -> None:
+        """A shard of this sheep was read and is not what was stored."""
 
     async def switch(self, store_name: str) -> None:
         """A store of that name is in use and holds nothing. A no-op on gateways.

@@ -117,6 +117,7 @@ class Recovery:
         self.mender: Mender | None = None
         self._aside: Aside | None = None
         if shards is not None:
+            self.finder.corrupt = lambda error: shards.corrupt(error)
             self._aside = Aside(state, shards, placer, executor, self._index, self.finder.ring, self._in_lane)
             self.mender = Mender(self, self.finder, state, placer, shards, executor, outbox, spawn)
             shards.removed = self._shard_removed
@@ -471,7 +472,8 @@ class Recovery:
         if not found.doubtful:
             return Result.NO_OBJ
         if key not in self._missing:
-            logger.warning("cannot recover oid=%016x: the nodes that may have it are absent", key.oid)
+            why = "what is left of it is corrupt" if found.corrupt else "the nodes that may have it are absent"
+            logger.warning("cannot recover oid=%016x: %s", key.oid, why)
         self._missing[key] = None
         return Result.EIO
 

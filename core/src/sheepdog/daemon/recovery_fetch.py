@@ -31,7 +31,7 @@ from sheepdog.daemon.outbox import Outbox
 from sheepdog.daemon.peers import PeerPool
 from sheepdog.daemon.placement import Placement
 from sheepdog.daemon.state import SheepState
-from sheepdog.errors import ObjectNotFound, RequestError, StoreBusy, TransportError
+from sheepdog.errors import ObjectNotFound, RequestError, ShardCorrupt, StoreBusy, TransportError
 from sheepdog.model.node import NodeId
 from sheepdog.model.ring import Ring
 from sheepdog.wire.header import Request, Response
@@ -148,12 +148,15 @@ class Found:
 
     :param parts: strip index (``REPLICA`` for a whole copy) -> content.
     :param version: epoch of the oldest version among the parts, ``LIVE`` when all are live at present holders.
-    :param doubtful: holders that may have the object are absent; or they do not answer now (``trouble``).
+    :param doubtful: holders that may have the object are absent; or they do not answer now (``trouble``); or what they
+        have is corrupt.
+    :param corrupt: some of it is.
     """
 
     parts: dict[int, Buffer] = field(default_factory=dict)
     version: int = LIVE
     doubtful: bool = False
+    corrupt: bool = False
 
 
 @dataclass(slots=True)
@@ -162,6 +165,7 @@ class _Answer:
     version: int
     lossy: int = 0
     removed: int = 0
+    corrupt: bool = False  # there is one, but not what was stored
 
 
 class Finder:
@@ -188,6 +192,7 @@ class Finder:
         self._reader = reader
         self._lossy = lossy
         self._breath = breath
+        self.corrupt: Callable[[ShardCorrupt], None] = _ignore  # told of corrupt shards of our own
         self.ring_of: RingOf = _no_ring
         self._rings: dict[int, Ring | None] = {}
 
@@ -256,6 +261,9 @@ class Finder:
                         continue
                     newest[node, index] = answer
                     removed = max(removed, answer.removed)
+                if answer.corrupt:
+                    found.corrupt = True
+                    continue
                 if removed >= older:
                     return Found()
                 if answer.content is not None:
@@ -273,6 +281,7 @@ class Finder:
                 break
         if trouble is not None:
             raise trouble
+        found.doubtful = found.doubtful or found.corrupt
         return found
 
     async def find_wildcard(self, oid: int, index: int, placement: Placement) -> Found:
@@ -282,18 +291,24 @@ class Finder:
         :raises RequestError: OLD_NODE_VER, the epoch moved on.
         """
         key = ShardKey(oid, index)
-        best: tuple[int, NodeId] | None = None
+        newest = 0
+        sources: list[NodeId] = []  # that have this version
         for node in self._state.ring.with_disks:
             answer = await self.ask(node.id, key, placement, 1, length=0)
-            if answer.version and (best is None or answer.version > best[0]):
-                best = answer.version, node.id
+            if answer.version > newest:
+                newest, sources = answer.version, []
+            if newest and answer.version == newest:
+                sources.append(node.id)
         found = Found()
-        if best is not None:
-            answer = await self.ask(best[1], key, placement, 1)
-            if answer.content is not None:
-                logger.warning("oid=%016x is taken from node=%s, epoch=%d", oid, best[1].text, answer.version)
+        for source in sources:
+            answer = await self.ask(source, key, placement, 1)
+            if answer.corrupt:
+                found.corrupt = True
+            elif answer.content is not None:
+                logger.warning("oid=%016x is taken from node=%s, epoch=%d", oid, source.text, answer.version)
                 found.parts[index] = answer.content
                 found.version = answer.version
+                break
         return found
 
     async def ask(
@@ -318,7 +333,7 @@ class Finder:
             await self._breath()
             answer = await self._ask_piece(node, key, placement, older, filled, min(PIECE_BYTES, length - filled))
             if answer.content is None:
-                if filled:
+                if filled and not answer.corrupt:
                     raise TransportError(f"node {node.text} lost oid={key.oid:016x} while it was read")
                 return answer
             count = len(answer.content)
@@ -338,7 +353,11 @@ class Finder:
             count, version = reader.read(key, older, buffer, 0)
             return _Answer(None if count < 0 else buffer[:count], version, self._lossy())
 
-        return await self._executor.run(work)
+        try:
+            return await self._executor.run(work)
+        except ShardCorrupt as error:
+            self.corrupt(error)
+            return _Answer(None, LIVE, self._lossy(), corrupt=True)
 
     async def _ask_piece(
         self, node: NodeId, key: ShardKey, placement: Placement, older: int, offset: int, length: int
@@ -352,6 +371,8 @@ class Finder:
             return _Answer(None, version, lossy, removed)
         if response.result == Result.OLD_NODE_VER:
             raise RequestError("the epoch moved on", result=Result.OLD_NODE_VER)
+        if response.result == Result.EIO:
+            return _Answer(None, LIVE, lossy, removed, corrupt=True)
         if response.result:
             raise TransportError(f"node {node.text} answers 0x{response.result:02x} for oid={key.oid:016x}")
         return _Answer(response.body, version, lossy, removed)
@@ -380,6 +401,10 @@ class Finder:
             send(done)
         await event.wait()
         return answers[0]
+
+
+def _ignore(_: ShardCorrupt) -> None:
+    """Nobody wants to know."""
 
 
 async def _no_ring(_: int) -> Ring | None:

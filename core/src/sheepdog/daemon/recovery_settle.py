@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 import anyio
@@ -28,7 +28,8 @@ from sheepdog.daemon.placement import Placement, Placer
 from sheepdog.daemon.recovery_fetch import Finder
 from sheepdog.daemon.shards import Shards
 from sheepdog.daemon.state import SheepState
-from sheepdog.errors import ObjectNotFound, SheepdogError, StoreDeviceError
+from sheepdog.daemon.verdicts import Look, Verdict
+from sheepdog.errors import ObjectNotFound, ShardCorrupt, SheepdogError, StoreDeviceError
 from sheepdog.model.node import NodeId
 from sheepdog.wire.header import Request
 from sheepdog.wire.opcodes import SHEEP_PROTO_VER, Op
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Done: TypeAlias = Callable[[int], None]
+Looks: TypeAlias = Callable[[int, Placement], Awaitable[Mapping[NodeId, Look]]]
 
 PUSH_BYTES_MAX = 16 << 20  # larger objects are pushed in pieces
 
@@ -67,6 +69,7 @@ class Mender:
         self._executor = executor
         self._outbox = outbox
         self._spawn = spawn
+        self.looks: Looks | None = None  # how copies are compared by their checksums
 
     def settle(self, oid: int, done: Done) -> None:
         """Every holder has the same version. For a caller that is alone in the object's lane."""
@@ -118,6 +121,14 @@ class Mender:
                 return result
         if not placement.others:
             return 0
+        digests: dict[NodeId, bytes | None] = {}
+
+        async def ask(node: NodeId) -> None:
+            digests[node] = await self._digest(node, oid)
+
+        async with anyio.create_task_group() as tasks:
+            for node in placement.others:
+                tasks.start_soon(ask, node)
 
         def read() -> tuple[bytearray, bytes]:
             content = bytearray(store.size(key))
@@ -125,30 +136,72 @@ class Mender:
             return content, hashlib.sha1(content, usedforsecurity=False).digest()
 
         try:
-            content, digest = await self._executor.run(read)
+            try:
+                content, digest = await self._executor.run(read)
+                same = all(theirs == digest for theirs in digests.values())
+                better = () if same else await self._better(oid, placement)
+            except ShardCorrupt as error:
+                self._shards.corrupt(error)
+                better = placement.others
+            if better:
+                result = await self._replace_own(key, placement, better)
+                if result:
+                    return result
+                content, digest = await self._executor.run(read)
         except ObjectNotFound:
             return Result.NETWORK_ERROR  # a disk went just now: again
         results: list[int] = []
 
         async def bring(node: NodeId) -> None:
-            if await self._digest(node, oid) == digest:
+            if digests[node] == digest:
                 results.append(0)
             else:
-                results.append(await self._push_copy(node, key, content, placement))
+                results.append(await self.push_copy(node, key, content, placement))
 
         async with anyio.create_task_group() as tasks:
             for node in placement.others:
                 tasks.start_soon(bring, node)
         return next((result for result in results if result), 0)
 
+    async def _better(self, oid: int, placement: Placement) -> tuple[NodeId, ...]:
+        """Holders of another copy that is known to be right, while nothing is known of ours.
+
+        Each copy has everything that was acknowledged; ours may have changed on its disk besides.
+        """
+        if self.looks is None:
+            return ()
+        looks = await self.looks(oid, placement)
+        right = tuple(node for node, look in looks.items() if look.verdict is Verdict.RIGHT)
+        if self._state.me.id in right or len({looks[node].digest for node in right}) != 1:
+            return ()
+        return right
+
+    async def _replace_own(self, key: ShardKey, placement: Placement, sources: Sequence[NodeId]) -> int:
+        """Our copy becomes that of the first source that has a good one."""
+        for node in sources:
+            answer = await self._finder.ask(node, key, placement, self._state.epoch)
+            if answer.content is not None:
+                logger.info("oid=%016x: our copy is replaced by that of node=%s", key.oid, node.text)
+                size = max(placement.object_bytes, len(answer.content))
+                return await self._recovery.store_shard(key, answer.content, size, replace=True)
+        logger.error("oid=%016x: no good copy is left", key.oid)
+        return Result.EIO
+
     async def _digest(self, node: NodeId, oid: int) -> bytes | None:
         """SHA-1 of the live copy there; ``None`` for none."""
         return await digest_at(self._finder, self._state, node, oid)
 
-    async def _push_copy(self, node: NodeId, key: ShardKey, content: Buffer, placement: Placement) -> int:
+    async def push_copy(
+        self, node: NodeId, key: ShardKey, content: Buffer, placement: Placement, *, mark: bool = True
+    ) -> int:
+        """``node`` has this copy.
+
+        :param mark: should we die half-way, the object is to be settled by our own copy; for a copy that is not ours
+            that would be wrong.
+        """
         first = content if len(content) <= PUSH_BYTES_MAX else memoryview(content)[:PUSH_BYTES_MAX]
-        # Until the last piece is there the object is marked, here and in the notes on disk.
-        self._recovery.unsettled.oids[key.oid] = None
+        if mark:  # until the last piece is there, here and in the notes on disk
+            self._recovery.unsettled.oids[key.oid] = None
         result = await self._change(Op.CREATE_AND_WRITE_PEER, node, key, 0, first, placement)
         offset = len(first)
         while not result and offset < len(content):
@@ -224,7 +277,7 @@ class Mender:
         results: list[int] = []
 
         async def bring(index: int, strip: Buffer) -> None:
-            results.append(await self._push_strip(oid, index, strip, placement))
+            results.append(await self.push_strip(oid, index, strip, placement))
 
         async with anyio.create_task_group() as tasks:
             for index, strip in wanted.items():
@@ -237,7 +290,7 @@ class Mender:
         return len(found) == len(placement.holders)
 
     async def _live_strips(self, oid: int, placement: Placement, *, length: int | None = None) -> dict[int, Buffer]:
-        """What the present holders have; strip index -> content.
+        """What the present holders have; strip index -> content. A corrupt strip is none.
 
         :raises TransportError: one does not answer.
         """
@@ -263,7 +316,7 @@ class Mender:
             raise trouble[0]
         return parts
 
-    async def _push_strip(self, oid: int, index: int, strip: Buffer, placement: Placement) -> int:
+    async def push_strip(self, oid: int, index: int, strip: Buffer, placement: Placement) -> int:
         key = ShardKey(oid, index)
         node = placement.holders[index]
         size = max(placement.shard_bytes, len(strip))

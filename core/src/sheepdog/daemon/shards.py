@@ -8,6 +8,7 @@ at once, and a flush follows; writes that arrive while one is running share the 
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -18,9 +19,11 @@ from sheepdog.contracts.store import Buffer, ObjectStore, ShardKey
 from sheepdog.daemon.journal import JournaledStore
 from sheepdog.daemon.outbox import Outbox
 from sheepdog.daemon.strip_memory import StripChange
-from sheepdog.errors import SheepdogError, StoreDeviceError, StoreError
+from sheepdog.errors import ShardCorrupt, SheepdogError, StoreDeviceError, StoreError
 from sheepdog.model.ids import is_data
 from sheepdog.wire.results import Result
+
+logger = logging.getLogger(__name__)
 
 INLINE_BYTES_MAX = 64 * 1024
 FLUSH_THREADS = 4  # for the files of one group commit
@@ -72,6 +75,8 @@ class Shards:
         self.removed: Callable[[ShardKey], None] = _ignore
         self.created: Callable[[ShardKey], None] = _ignore
         self.before_flush: Callable[[], None] = _nothing
+        self.corrupt: Callable[[ShardCorrupt], None] = _note
+        """Told of every shard that was read and is not what was stored, also by those who read past this class."""
 
     def replace(self, store: ObjectStore) -> None:
         """Another store takes over (format). Work under way still ends on the old one."""
@@ -387,8 +392,8 @@ class Shards:
             # With the last disk this sheep leaves, and others have the data: trying again helps in any case.
             self._device_failed(error)
             return Result.NETWORK_ERROR
-        if isinstance(error, StoreError):
-            return error.result
+        if isinstance(error, ShardCorrupt):
+            self.corrupt(error)
         if isinstance(error, SheepdogError):
             return error.result
         raise error
@@ -396,6 +401,10 @@ class Shards:
 
 def _ignore(_: ShardKey) -> None:
     """Nobody wants to know."""
+
+
+def _note(error: ShardCorrupt) -> None:
+    logger.error("%s", error)
 
 
 def _nothing() -> None:

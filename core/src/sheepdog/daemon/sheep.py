@@ -41,6 +41,7 @@ from sheepdog.daemon.recovery_notes import Notes
 from sheepdog.daemon.recovery_progress import ProgressReport
 from sheepdog.daemon.references import References
 from sheepdog.daemon.repair import Repairs
+from sheepdog.daemon.scrub import Scrubber, ScrubNotes
 from sheepdog.daemon.server import Server
 from sheepdog.daemon.settler import Settler
 from sheepdog.daemon.shards import Shards
@@ -54,6 +55,7 @@ from sheepdog.errors import SheepdogError, TransportError
 from sheepdog.model.clusterinfo import ClusterFlag, ClusterStatus
 from sheepdog.model.node import Node, NodeId
 from sheepdog.plugins import Announcer
+from sheepdog.wire.extensions import SCRUB
 from sheepdog.wire.results import Result
 
 if TYPE_CHECKING:
@@ -91,6 +93,7 @@ class SheepParts:
     announcer: Announcer = field(default_factory=Announcer)
     notes: Notes = field(default_factory=Notes)
     started: Callable[[], None] = lambda: None
+    scrub_notes: ScrubNotes = field(default_factory=ScrubNotes)
 
 
 class Sheep:
@@ -166,9 +169,16 @@ class Sheep:
             gateway=self.gateway, dispatcher=self.dispatcher, lifecycle=self, services=services, spawn=self.spawn,
             auto_vnodes=config.vnodes is None,
         )  # fmt: skip
-        self.control.info.repairs = Repairs(
-            self.state, self.primary, self.placer, self.peers, self.outbox, self.dispatcher, self.control.info.get_hash
-        )
+        repairs = Repairs(
+            self.state, self.primary, shards, self.placer, self.peers, services.executor, self.outbox, self.dispatcher,
+            self.recovery, striped,
+        )  # fmt: skip
+        self.control.info.repairs = repairs
+        self.scrubber = Scrubber(
+            config.scrub, parts.scrub_notes, self.state, shards, self.placer, repairs, self.recovery,
+            services.executor, clock, services.random, self.stats, parts.announcer.object_corrupt,
+        )  # fmt: skip
+        self.dispatcher.task(SCRUB, self.scrubber.serve, force=True)
         self.operations.coherence = Coherence(self.state, self.control.coherence, self.spawn, self.outbox)
         self.gateway.alive = lambda: self.control.membership.alive
         self.recovery.ring_of = self.control.epoch_ring
@@ -226,6 +236,7 @@ class Sheep:
                 tasks.start_soon(self._tick)
                 tasks.start_soon(self.recovery.run)
                 tasks.start_soon(self.settler.run)
+                tasks.start_soon(self.scrubber.run)
                 tasks.start_soon(self._run_membership)
                 context = FrontEndContext(self.parts.services, self.volumes)
                 addresses = [address for listener in listeners for address in listener.addresses]
@@ -339,6 +350,8 @@ async def _run_sheep(
 
     from sheepdog import plugins
     from sheepdog.contracts.store import StoreOptions
+    from sheepdog.daemon.checksum_files import ChecksumFiles
+    from sheepdog.daemon.checksums import ChecksummedStore
     from sheepdog.daemon.clock import SystemClock
     from sheepdog.daemon.executor import ThreadExecutor
     from sheepdog.daemon.journal import JournaledStore, start_journal
@@ -362,8 +375,9 @@ async def _run_sheep(
     journal: Journal | None = None
     strips = StripLog(config.base, synced=not config.nosync)
 
-    def make_inner(name: str, *, replacing: bool = True) -> ObjectStore:
-        return plugins.make_object_store(name, StoreOptions(disks, direct_io=config.directio, replacing=replacing))
+    def make_inner(name: str, *, replacing: bool = True) -> ChecksummedStore:
+        made = plugins.make_object_store(name, StoreOptions(disks, direct_io=config.directio, replacing=replacing))
+        return ChecksummedStore(made, checksum_files)
 
     def make_store(name: str) -> ObjectStore:
         made = make_inner(name)
@@ -372,11 +386,19 @@ async def _run_sheep(
     space = 0
     if not config.gateway:
         disks = usable_disks(config.disks, config.base)
+        checksum_files = ChecksumFiles(
+            config.base,
+            durable=not config.nosync or config.journal is not None,
+            started_ns=int(SystemClock().time() * 1e9),
+        )
+        storedir.config_written = checksum_files.config_written
         inner = make_inner(store_name, replacing=disk_config is None or not disk_config.ctime)
         shift = disk_config.block_size_shift if disk_config is not None else 0
+        inner.distrust = True
         strips.replay(inner, block_size_shift=shift)
         left = Left(strips=strips.left.strips)
         journal = start_journal(config, inner, block_size_shift=shift, left=left, leaving=strips.begin)
+        inner.distrust = False
         if journal is None:
             strips.begin()
             store = StripStore(inner, strips)
@@ -406,6 +428,7 @@ async def _run_sheep(
             announcer=plugins.load_observers(),
             notes=notes,
             started=started,
+            scrub_notes=ScrubNotes(config.base),
         )
         sheep = Sheep(me, config, parts)
         async with anyio.create_task_group() as tasks:

@@ -13,7 +13,7 @@ import fcntl
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -120,6 +120,8 @@ class StoreDirectory:
         self._node_config = os.path.join(base, "node_config")
         self._lock_fd = -1
         self._numbers = itertools.count()
+        self.config_written: Callable[[], None] = _nothing
+        """Called whenever the config file has been replaced."""
 
     # ---- the lock
 
@@ -184,6 +186,7 @@ class StoreDirectory:
     def write_config(self, config: DiskConfig) -> None:
         """The config file holds ``config``."""
         self._write(self._config, config.pack())
+        self.config_written()
 
     def set_clean_shutdown(self, clean: bool) -> None:
         """The config file says whether the last end was an orderly one. No effect before the first format."""
@@ -278,6 +281,10 @@ class StoreDirectory:
 
 
 # ---- is what the store says compatible with how the sheep was started?
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
 
 
 def check_config(config: DiskConfig, *, fixed_vnodes: bool, gateway: bool) -> None:

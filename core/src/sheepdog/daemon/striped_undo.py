@@ -199,7 +199,11 @@ class StripUndo:
         def one(place: int, result: int, data: Any) -> None:  # Any: the bytes on success
             nonlocal worst, left
             left -= 1
-            if result:
+            if result == Result.EIO:
+                # Corrupt: nothing to put back, and no reason to refuse the write for ever. The change is on record all
+                # the same: a holder that knows nothing of it would testify that it was never made.
+                old[place] = bytes(pieces[place][1])
+            elif result:
                 worst = worst or result
             elif place >= 0:
                 old[place] = data

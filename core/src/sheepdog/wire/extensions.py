@@ -8,6 +8,9 @@ from __future__ import annotations
 
 OWN_OPCODES = 0xD0  # from here on
 
+COMPARE = 0xE0  # the primary of oid compares all shards of it and repairs those that are wrong (daemon/repair.py)
+# what the holder knows of shard ec_index of oid; with a body: the shard is right if that is its SHA-1
+INSPECT = 0xE2
 FORWARD_CREATE = 0xE1  # a gateway asks the object's primary; fields as CREATE_AND_WRITE_OBJ
 FORWARD_WRITE = 0xE3  # as WRITE_OBJ
 FORWARD_REMOVE = 0xE4  # as REMOVE_OBJ
@@ -23,6 +26,7 @@ FENCE = 0xD5  # a gateway asks a primary: whatever others sent to it before now 
 FENCE_ASK = 0xD6  # a primary asks for a mark over the connection that our requests to it come by
 FENCE_MARK = 0xD7  # that mark
 
+SCRUB = 0xD3  # asked by dog; variant: what to do (u32) and a rate (u32, MB/s); answer: a CBOR map (daemon/scrub.py)
 DRIVER_STATUS = 0xD2  # asked by dog, of any sheep in any status; answer: a CBOR map, see daemon/session.py
 
 # first byte of the variant of a REPAIR_REPLICA answer: the copy was right by the time it was looked at
