@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from dataclasses import dataclass
 
 from faults import Fault, Scene
 from loop_disk import LoopDisk
-from recovery_scenes import exited, in_place
-from scenes import MiB, pattern
+from recovery_scenes import exited, in_place, shards
+from scenes import MiB, pattern, vid_of_name
 
+from sheepdog.model.ids import is_data, vid_of
+from sheepdog.model.ring import DiskRing
 from sheepdog.testing.cluster import wait_until
 from sheepdog.wire.results import Result
 
 DISK_BYTES = 40 * MiB
+WEIGHT_ATTRIBUTE = "user.md.size"
 
 
 @dataclass
@@ -76,12 +81,33 @@ def only_disk_turns_read_only(scene: Scene) -> None:
     scene.come_back(victim)
 
 
+def _in_demand(scene: Scene, second: LoopDisk, victim: int) -> str:
+    """A directory on the second disk that would get at least half of the guests' objects that the node has.
+
+    What a disk gets follows from its path. One with nothing that anybody uses may fail and is not missed.
+    """
+    cluster = scene.cluster
+    vids = {vid_of_name(cluster, name) for name in scene.load.names()}
+    oids = {oid for oid, _ in shards(cluster, victim) if is_data(oid) and vid_of(oid) in vids}
+    first = str(cluster.sheep[victim].directory / "obj")
+    weight = int.from_bytes(os.getxattr(first, WEIGHT_ATTRIBUTE), "little")
+    room = os.statvfs(second.place)
+
+    def taken(path: str) -> int:
+        ring = DiskRing(((first, weight), (path, room.f_frsize * room.f_bavail)))
+        return sum(ring.disk_of(oid) == path for oid in oids)
+
+    assert oids, "the guests have written"
+    paths = (str(second.place / str(number)) for number in itertools.count())
+    return next(path for path in paths if 2 * taken(path) >= len(oids))
+
+
 def one_of_two_disks_fails(scene: Scene) -> None:
     """One of two disks answers with I/O errors: the node stays, the epoch too, and while the lost copies are made
     again on the disk that is left another node dies and returns (MD-3, MD-7, MD-15)."""
     _, second, victim = _disk(scene)
     cluster = scene.cluster
-    path = str(second.place)
+    path = _in_demand(scene, second, victim)
 
     def in_use() -> bool:
         return path in cluster.dog("node", "md", "info", node=victim).stdout.decode()
