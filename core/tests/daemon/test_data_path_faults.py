@@ -13,6 +13,7 @@ from sheepdog.contracts.store import REPLICA, ShardKey
 from sheepdog.daemon import server
 from sheepdog.daemon.primary import FanOut
 from sheepdog.daemon.unsettled import LOG_MAX, Unsettled
+from sheepdog.errors import ShardCorrupt, StoreBusy, StoreDeviceError
 from sheepdog.model.clusterinfo import ClusterStatus
 from sheepdog.model.ids import data_oid, inode_oid, ledger_oid
 from sheepdog.model.inode import MAP_OFFSET
@@ -362,3 +363,27 @@ async def test_reference_is_dropped_once_when_a_holder_fails(make_store):
         await wait_for(lambda: all(counters(plane) == (0, 2) for plane in sheep))
 
         assert done == [0]
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [StoreDeviceError("disk /d failed"), ShardCorrupt(inode_oid(0xA), REPLICA, "a block differs"), StoreBusy("files")],
+    ids=lambda error: type(error).__name__,
+)
+async def test_map_that_cannot_be_read(make_store, trouble):
+    """A map write that meets trouble with what the page cache has is answered, and those after it get their turn."""
+    async with planes(1, make_store, sheepdog_transport) as (plane,):
+        oid = inode_oid(0xA)
+        await plane.objects.create(oid, 0, b"name")
+        read = plane.store.try_read_into
+
+        def failing(*arguments, **named):
+            plane.store.try_read_into = read
+            raise trouble
+
+        plane.store.try_read_into = failing
+        with anyio.fail_after(10):
+            await plane.objects.write(oid, MAP_OFFSET, (0xA).to_bytes(4, "little"))
+            await plane.objects.write(oid, MAP_OFFSET + 4, (0xA).to_bytes(4, "little"))
+
+        assert content(plane, oid, MAP_OFFSET + 8)[MAP_OFFSET:] == 2 * (0xA).to_bytes(4, "little")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from sheepdog.contracts.store import REPLICA, Buffer, ShardKey
 from sheepdog.daemon.placement import Placement
 from sheepdog.daemon.primary import RETRYABLE, Done, Primary
-from sheepdog.errors import InvalidParameters, ObjectNotFound
+from sheepdog.errors import InvalidParameters, ObjectNotFound, StoreError
 from sheepdog.model.ids import data_oid, is_inode, ledger_oid, ledger_subject, vid_of
 from sheepdog.model.inode import MAP_OFFSET, REFS_OFFSET
 from sheepdog.model.ledger import LEDGER_BYTES, UNSHARED, Ledger, decode, drop, encode
@@ -111,14 +112,13 @@ class References:
             else:
                 replace()
 
-        try:
-            if read(True):
-                replace()
-                return
-        except ObjectNotFound:
-            have(Result.NO_OBJ, None)
-            return
-        shards.submit(lambda: read(False), have)
+        quick = False
+        with suppress(StoreError):  # whatever it is, the worker meets it as well, and ``have`` is told
+            quick = read(True)
+        if quick:
+            replace()
+        else:
+            shards.submit(lambda: read(False), have)
 
     def _replace(
         self,
