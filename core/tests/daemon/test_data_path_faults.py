@@ -387,3 +387,30 @@ async def test_map_that_cannot_be_read(make_store, trouble):
             await plane.objects.write(oid, MAP_OFFSET + 4, (0xA).to_bytes(4, "little"))
 
         assert content(plane, oid, MAP_OFFSET + 8)[MAP_OFFSET:] == 2 * (0xA).to_bytes(4, "little")
+
+
+@pytest.mark.parametrize("refused", [0, 1, 2])
+async def test_corrupt_copies_beside_holders_that_do_not_answer(make_store, refused):
+    """While any holder that does not answer may have a good copy, a read waits for it, however many are corrupt."""
+    async with planes(3, make_store, sheepdog_transport) as sheep:
+        await sheep[0].objects.create(OID, 0, b"right")
+        reader = sheep[0]
+        good = next(plane for plane in sheep[1:] if plane.node.id == reader.placer.placement(OID).others[-1])
+
+        def corrupt(*_, **__):
+            raise ShardCorrupt(OID, REPLICA, "a block differs")
+
+        for plane in sheep:
+            if plane is not good:
+                plane.store.try_read_into = corrupt
+
+        def refuse_some(original, connection, request, left=refused):
+            if left:
+                intercept(good, Op.READ_PEER, lambda *call: refuse_some(*call, left=left - 1))
+                refuse(original, connection, request)
+            else:
+                original(connection, request)
+
+        intercept(good, Op.READ_PEER, refuse_some)
+        with anyio.fail_after(10):
+            assert await reader.objects.read(OID, 0, 5) == b"right"

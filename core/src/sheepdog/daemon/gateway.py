@@ -528,6 +528,9 @@ class _Read(_Operation):
                 data = bytes(data).ljust(self.length, b"\0")
             self.finish(0, data)
             return
-        if result != Result.NO_OBJ and (not self.worst or result not in RETRYABLE):
+        # That a copy is corrupt counts last: one that cannot be had now may be good, and a retry shows.
+        if result != Result.NO_OBJ and (
+            self.worst in (0, Result.EIO) or (result not in RETRYABLE and result != Result.EIO)
+        ):
             self.worst = result
         self._next_holder()
