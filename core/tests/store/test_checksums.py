@@ -7,12 +7,12 @@ from array import array
 
 import pytest
 
-from sheepdog.builtin.filestore import FileStore
+from sheepdog.builtin.filestore import FileStore, parse_file_name
 from sheepdog.contracts.store import ShardKey, StoreOptions
 from sheepdog.daemon.checksum_files import ChecksumFiles
-from sheepdog.daemon.checksums import ChecksummedStore
+from sheepdog.daemon.checksums import _STATE_BYTES, ChecksummedStore
 from sheepdog.daemon.journal import Journal, JournaledStore
-from sheepdog.errors import ObjectNotFound, ShardCorrupt, StoreError
+from sheepdog.errors import ObjectNotFound, ShardCorrupt, StoreBusy, StoreError
 from sheepdog.model.ids import data_oid
 from sheepdog.testing.memory_store import MemoryMedium, MemoryStore
 from sheepdog.testing.store_kit import StoreKit, content, get, get_stale, put
@@ -238,7 +238,7 @@ def test_journal_replay(tmp_path):
     after.distrust = False
 
     assert get(after, KEY)[10:15] == b"first"
-    assert after._memory_bytes == 200 + 4 * 11
+    assert after._memory_bytes == _STATE_BYTES + 4 * 11
     assert not after.verify(KEY, offset_bytes=0, length_bytes=SIZE).complete
 
 
@@ -352,6 +352,22 @@ def test_bounded_memory(tmp_path):
     assert store._memory_bytes <= 20_000
     for key in keys:
         assert store.verify(key, offset_bytes=0, length_bytes=SIZE).complete
+
+
+def test_what_rests_makes_room(tmp_path):
+    """A pass of the scrub, which looks at everything, does not push out what is known only in memory."""
+    store = open_store(tmp_path, memory_bytes_max=20 * (_STATE_BYTES + 4 * 11))
+    others = [ShardKey(data_oid(0x1234, index)) for index in range(10, 60)]
+    for key in others:
+        put(store, key, content(1, SIZE))
+        rest(store)
+    put(store, KEY, content(2, SIZE))
+
+    for key in others:
+        store.verify(key, offset_bytes=0, length_bytes=SIZE)
+
+    assert store.verify(KEY, offset_bytes=0, length_bytes=SIZE) == (SIZE, True)
+    assert len(store._states) <= 20
 
 
 def test_unwritable_checksums(tmp_path, store):
@@ -481,24 +497,125 @@ def test_failed_create(store):
     assert get(store, KEY) == content(1, SIZE)
 
 
-def test_removals_are_flushed_before_data(tmp_path):
-    """Without -n the removal of checksums is on stable storage before the data that they do not know is flushed."""
+@pytest.mark.parametrize("durable", [False, True])
+def test_removals_are_flushed_before_a_change(tmp_path, durable):
+    """Without -n the removal of checksums is on stable storage before a change begins that they do not know, for its
+    bytes may reach the disk at once. If that fails nothing changes, and the next attempt sees to it again."""
     order = []
     store = open_store(tmp_path)
     put(store, KEY, content(1, SIZE))
     rest(store)
-    flush, sync = store._files.flush, store.inner.sync
+    (path,) = (tmp_path / "sums").glob("??/*")
+    flush, write = store._files.flush, store.inner.write
 
-    def flushed():
-        order.append(("sums", len(store._files._unflushed)))
-        flush()
+    def failing():
+        raise StoreBusy("too many open files")
 
-    store._files.flush = flushed
-    store.inner.sync = lambda keys: (order.append(("data", len(store._files._unflushed))), sync(keys))
+    def written(*arguments, **named):
+        order.append((path.exists(), len(store._files._unflushed)))
+        write(*arguments, **named)
+
+    store.inner.write = written
+    store._files.flush = failing
+    assert not store.ready(KEY)
+    with pytest.raises(StoreBusy):
+        store.write(KEY, content(2, BLOCK), offset_bytes=0, durable=durable)
+    assert (get(store, KEY), order) == (content(1, SIZE), [])
+    store._files.flush = flush
+    store.write(KEY, content(2, BLOCK), offset_bytes=0, durable=durable)
+
+    assert order == [(False, 0)]
+    assert store.ready(KEY)
+
+
+def test_removals_of_a_killed_process_are_flushed(tmp_path, monkeypatch):
+    """Who was killed between the removal of checksums and its flush leaves the flush to the next process, before that
+    changes anything. After a power loss there is nothing to flush."""
+    store = open_store(tmp_path)
+    put(store, KEY, content(1, SIZE))
+    rest(store)
+    store._files.drop(KEY)
+    flushed = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (flushed.append(os.readlink(f"/proc/self/fd/{fd}")), real(fd)))
+
+    killed(tmp_path)
+    here = list(flushed)
+    flushed.clear()
+    killed(tmp_path, boot_id="c")
+
+    directory = str(next((tmp_path / "sums").glob("[0-9a-f][0-9a-f]")))
+    assert directory in here
+    assert directory not in flushed
+
+
+def test_ready(store):
+    """Changes that would have to read or remove checksums on disk are not for the event loop; of a shard that does not
+    exist that can be said at once."""
+    assert store.ready(KEY)
+    put(store, KEY, content(1, SIZE))
+    assert store.ready(KEY)
+    rest(store)
+    assert not store.ready(KEY)
+    store.write(KEY, b"x", offset_bytes=0, durable=False)
+    assert store.ready(KEY)
+    with store._lock:
+        store._forget(KEY)
+    assert not store.ready(KEY)
+
+
+def test_failed_flush(tmp_path):
+    """Of a shard that could not be flushed nothing is known: the old bytes may be there again one day."""
+    store = open_store(tmp_path)
+    put(store, KEY, content(1, SIZE))
     store.write(KEY, content(2, BLOCK), offset_bytes=0, durable=False)
-    store.sync([KEY])
 
-    assert order == [("sums", 1), ("data", 0)]
+    def failing(keys):
+        raise StoreBusy("too many open files")
+
+    store.inner.sync, sync = failing, store.inner.sync
+    with pytest.raises(StoreBusy):
+        store.sync(iter([KEY]))
+    store.inner.sync = sync
+    rest(store)
+
+    assert store.verify(KEY, offset_bytes=0, length_bytes=SIZE) == (SIZE, False)
+    assert get(store, KEY, BLOCK) == content(2, BLOCK)
+
+
+@pytest.mark.parametrize("step", ["rest at the end", "set aside", "accept"])
+def test_data_is_flushed_before_checksums_are_written(tmp_path, step):
+    """Checksums of bytes that only the page cache has would make the old ones look corrupt after a power loss."""
+    store = open_store(tmp_path)
+    put(store, KEY, content(1, SIZE))
+    store.write(KEY, content(2, BLOCK), offset_bytes=0, durable=False)
+    order = []
+    sync, save = store.inner.sync, store._files.save
+    store.inner.sync = lambda keys: (order.append("data"), sync(keys))
+    store._files.save = lambda *what: order.append("sums") or save(*what)
+
+    if step == "set aside":
+        store.retire(KEY, 3)
+    elif step == "accept":
+        assert store.accept(KEY, store.stored_digest(KEY))
+    store.close()
+
+    assert order[:2] == ["data", "sums"]
+
+
+def test_names_are_not_those_of_objects(tmp_path):
+    """Whoever looks for objects by the names of their files, below the whole directory, finds no checksums."""
+    store = open_store(tmp_path)
+    for key in (KEY, STRIP):
+        put(store, key, content(1, SIZE))
+        rest(store)
+        store.retire(key, 3)
+        put(store, key, content(1, SIZE))
+    rest(store)
+
+    names = [path.name for path in (tmp_path / "sums").rglob("*") if path.is_file()]
+    assert len(names) == 5
+    assert not any(parse_file_name(name) for name in names)
 
 
 def test_side_file_is_small(tmp_path, store):

@@ -247,6 +247,14 @@ class ObjectStore(ABC):
         """
         return None
 
+    def ready(self, key: ShardKey) -> bool:
+        """Whether a small change of the live shard that need not be durable yet would wait for no disk.
+
+        Asked on the event loop, which makes such changes itself; others go to a worker thread. The answer counts for
+        this moment only and promises nothing.
+        """
+        return True
+
     def upkeep(self) -> None:
         """Called every half minute from a worker thread: time to write down what was only in memory."""
 

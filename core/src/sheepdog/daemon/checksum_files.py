@@ -12,11 +12,12 @@ drops all checksums at once, when
 * somebody else used the base directory since, an original sheep for example. Every sheep rewrites ``config`` when it
   starts, so it is another file then than the one we noted.
 
-The original ignores the directory.
+The original ignores the directory, and no name in it is that of an object's file.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -31,19 +32,22 @@ from typing import Any, NamedTuple
 from xxhash import xxh3_64_intdigest
 
 from sheepdog.contracts.store import ShardKey
-from sheepdog.errors import ConfigError, StoreDeviceError
+from sheepdog.errors import ConfigError, StoreBusy, StoreDeviceError, StoreError, StoreFull
 
 logger = logging.getLogger(__name__)
 
 DIRECTORY = "sums"
 STATE_FILE = "state"
 STALE = "stale"
+SUFFIX = ".sums"  # whoever looks for objects by their names finds none here
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 _MAGIC = b"SDSUMS1\n"
 # magic, generation, oid, strip (-1: a whole copy), size of the shard, when it was changed last (0: not known)
 _HEAD = Struct("<8sQQqQQ")
 _CHECK = Struct("<Q")  # of the head and everything behind
+_BUSY = frozenset({errno.EMFILE, errno.ENFILE, errno.EINTR, errno.EAGAIN, errno.ENOMEM})
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})  # file systems that copy on write need space for a removal
 
 
 class Saved(NamedTuple):
@@ -68,7 +72,7 @@ class ChecksumFiles:
         self._root = os.path.join(base, DIRECTORY)
         self._state_path = os.path.join(self._root, STATE_FILE)
         self._config = os.path.join(base, "config")
-        self._durable = durable
+        self.durable = durable
         self.started_ns = started_ns
         self._boot_id = boot_id if boot_id is not None else _boot_id()
         self._unflushed: set[str] = set()  # directories with removals that may not survive power loss
@@ -91,7 +95,7 @@ class ChecksumFiles:
             reason = "there are none"
         elif not state["durable"] and state["boot"] != self._boot_id:
             reason = "the machine went down while the sheep ran without flushing (-n)"
-        elif not state["durable"] and self._durable:
+        elif not state["durable"] and self.durable:
             reason = "the sheep ran without flushing (-n) so far"
         elif state["config"] != self._config_identity():
             reason = "the base directory was used by something else since"
@@ -101,6 +105,13 @@ class ChecksumFiles:
             self.generation = secrets.randbits(63)
         else:
             self.generation = state["generation"]
+            if self.durable and state["boot"] == self._boot_id:
+                # A former process may have died between a removal and its flush.
+                self._unflushed.update(entry.path for entry in os.scandir(self._root) if entry.is_dir())
+                try:
+                    self.flush()
+                except StoreError as error:
+                    raise ConfigError(str(error)) from error
         self._write_state()
 
     def _read_state(self) -> dict[str, Any] | None:  # Any: checked here
@@ -117,7 +128,7 @@ class ChecksumFiles:
     def _write_state(self) -> None:
         """Without it the next start drops all checksums, nothing else."""
         state = {
-            "generation": self.generation, "durable": self._durable, "boot": self._boot_id,
+            "generation": self.generation, "durable": self.durable, "boot": self._boot_id,
             "config": self._config_identity(),
         }  # fmt: skip
         temporary = f"{self._state_path}.tmp"
@@ -156,8 +167,8 @@ class ChecksumFiles:
     def _path(self, key: ShardKey, epoch: int | None) -> str:
         name = f"{key[0]:016x}" if key[1] < 0 else f"{key[0]:016x}_{key[1]}"
         if epoch is not None:
-            return f"{self._root}/{STALE}/{name}.{epoch}"
-        return f"{self._root}/{key[0] & 0xFF:02x}/{name}"
+            return f"{self._root}/{STALE}/{name}.{epoch}{SUFFIX}"
+        return f"{self._root}/{key[0] & 0xFF:02x}/{name}{SUFFIX}"
 
     def load(self, key: ShardKey, epoch: int | None = None) -> Saved | None:
         """What is noted of the shard, if anything is."""
@@ -206,7 +217,7 @@ class ChecksumFiles:
     def drop(self, key: ShardKey, epoch: int | None = None) -> None:
         """The shard is about to change.
 
-        :raises StoreDeviceError: the file cannot be removed; the shard must not be changed.
+        :raises StoreError: the file cannot be removed; the shard must not be changed.
         """
         path = self._path(key, epoch)
         try:
@@ -214,22 +225,26 @@ class ChecksumFiles:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise StoreDeviceError(f"{path} cannot be removed: {error.strerror}") from error
+            raise _trouble(error, f"{path} cannot be removed") from error
         self._note(path)
 
     def move(self, key: ShardKey, source: int | None, target: int | None) -> None:
-        """The shard is set aside, or comes back (``None`` is live); what was noted under the new name goes."""
+        """The shard is set aside, or comes back (``None`` is live); what was noted under the new name goes.
+
+        :raises StoreError: the file cannot be renamed; the shard must stay what it is.
+        """
         old, new = self._path(key, source), self._path(key, target)
         try:
-            os.rename(old, new)
-        except FileNotFoundError:
-            if not os.path.exists(old):
-                self.drop(key, target)
-                return
-            os.makedirs(os.path.dirname(new), 0o770, exist_ok=True)
-            os.rename(old, new)
+            try:
+                os.rename(old, new)
+            except FileNotFoundError:
+                if not os.path.exists(old):
+                    self.drop(key, target)
+                    return
+                os.makedirs(os.path.dirname(new), 0o770, exist_ok=True)
+                os.rename(old, new)
         except OSError as error:
-            raise StoreDeviceError(f"{old} cannot be renamed: {error.strerror}") from error
+            raise _trouble(error, f"{old} cannot be renamed") from error
         self._note(old, new)
 
     def drop_stale(self) -> None:
@@ -243,7 +258,7 @@ class ChecksumFiles:
     def flush(self) -> None:
         """Whatever was dropped so far does not come back after power loss. Cheap if there is nothing to do.
 
-        :raises StoreDeviceError: that cannot be promised.
+        :raises StoreError: that cannot be promised.
         """
         if not self._unflushed and not self._flushing.locked():
             return
@@ -262,12 +277,19 @@ class ChecksumFiles:
                 except OSError as error:
                     with self._noting:
                         self._unflushed |= directories
-                    raise StoreDeviceError(f"{directory} cannot be flushed: {error.strerror}") from error
+                    raise _trouble(error, f"{directory} cannot be flushed") from error
 
     def _note(self, *paths: str) -> None:
-        if self._durable:
+        if self.durable:
             with self._noting:
                 self._unflushed.update(map(os.path.dirname, paths))
+
+
+def _trouble(error: OSError, what: str) -> StoreError:
+    text = f"{what}: {error.strerror}"
+    if error.errno in _BUSY:
+        return StoreBusy(text)
+    return StoreFull(text) if error.errno in _FULL else StoreDeviceError(text)
 
 
 def _check(head: bytes, body: memoryview) -> int:

@@ -7,7 +7,10 @@ Of a block that is written in part the old bytes are checked first; they do not 
 
 On disk (``checksum_files``) the sums of a shard exist only while it *rests*: they are removed before its first change,
 and written down by ``upkeep`` when none came for one or two of its periods. After ``kill -9`` the shards that did not
-rest have no sums; the scrub compares them with other holders' before it trusts them (``repair``).
+rest have no sums; the scrub compares them with other holders' before it trusts them (``repair``). The removal is on
+stable storage before the change is even begun: what is in the page cache may reach the disk at any moment, and if the
+power fails right then, sums that come back must not find other bytes than theirs. ``ready`` says when that is to be
+waited for.
 
 Somebody may edit an object's file while no sheep runs, on purpose: a restore, an original sheep, an administrator. So
 beside the sums lies the time when the file was last changed. Another one that lies before our start voids them. Damage
@@ -41,7 +44,8 @@ MEMORY_BYTES_MAX = 64 << 20  # of sums: those of 16,384 data objects
 _ATTEMPTS = 200  # of a read that meets writes of the same shard
 _PAUSE_S = 0.001  # between them
 _PART_BYTES = 1 << 20
-_STATE_BYTES = 200  # of memory, beside the sums
+_STATE_BYTES = 400  # of memory, beside the sums
+_CHANCES = 64  # shards that are passed over for one that rests, whenever room is to be made
 _INSIDE: Final = BLOCK_BYTES - 1
 _MASK: Final = 0xFFFFFFFF
 
@@ -94,11 +98,16 @@ class ChecksummedStore(StoreWrapper):
         self._trim(key)
 
     def _trim(self, key: ShardKey) -> None:
-        """With the lock. What is pushed out before it rested is not known any more."""
+        """With the lock. What is pushed out before it rested is not known any more, so what rests is first to go."""
+        chances = _CHANCES
         while self._memory_bytes > self._memory_bytes_max and len(self._states) > 1:
             oldest = next(iter(self._states))
             if oldest == key:
                 break
+            if oldest in self._changed and chances:
+                chances -= 1
+                self._states[oldest] = self._states.pop(oldest)
+                continue
             self._forget(oldest)
 
     def _forget(self, key: ShardKey) -> None:
@@ -145,9 +154,14 @@ class ChecksummedStore(StoreWrapper):
         with self._lock:
             if self._states.get(key) is not state:
                 self._put(key, state)  # pushed out, and perhaps loaded anew by a reader
-            if state.saved:
+            saved = state.saved
+            if saved:
                 self._files.drop(key)
-                state.saved = False
+        if saved:
+            self._files.flush()
+        with self._lock:
+            if saved:
+                state.saved = False  # only now: if one of the two failed, the next change tries both again
                 if self.distrust:
                     self._memory_bytes -= _bytes_of(state)
                     state.sums = None
@@ -156,6 +170,15 @@ class ChecksummedStore(StoreWrapper):
             self._changed[key] = state
 
     # ---- changes
+
+    def ready(self, key: ShardKey) -> bool:
+        state = self._states.get(key)
+        try:
+            if state is None and self.inner.exists(key):
+                return False  # what is known of it is on disk
+        except StoreError:
+            return False  # whoever waits for the change will hear of it
+        return (state is None or not state.saved) and self.inner.ready(key)
 
     def write(self, key: ShardKey, data: Buffer, *, offset_bytes: int, durable: bool) -> None:
         state = self._states.get(key)
@@ -285,8 +308,8 @@ class ChecksummedStore(StoreWrapper):
 
     def remove(self, key: ShardKey) -> None:
         self._hold(key)
-        self._files.drop(key)
         try:
+            self._files.drop(key)
             self.inner.remove(key)
         finally:
             with self._lock:
@@ -301,7 +324,17 @@ class ChecksummedStore(StoreWrapper):
 
     def sync(self, keys: Iterable[ShardKey]) -> None:
         self._files.flush()
-        self.inner.sync(keys)
+        keys = tuple(keys)
+        try:
+            self.inner.sync(keys)
+        except StoreError:
+            # Without power, or once the system gives up on what it could not write, the old bytes are there again.
+            with self._lock:
+                for key in keys:
+                    state = self._states.get(key)
+                    if state is not None and not state.saved:
+                        self._forget(key)
+            raise
 
     # ---- reads
 
@@ -396,14 +429,15 @@ class ChecksummedStore(StoreWrapper):
 
     def retire(self, key: ShardKey, epoch: int) -> None:
         state = self._hold(key)
-        with self._lock:
-            if state is None or state.saved:
-                self._files.move(key, None, epoch)
-            else:
-                self._files.drop(key, epoch)
-                if state.sums is not None:
-                    self._files.save(key, Saved(state.size, state.sums, self._modified_ns(key)), epoch)
         try:
+            with self._lock:
+                if state is None or state.saved:
+                    self._files.move(key, None, epoch)
+                else:
+                    self._files.drop(key, epoch)
+                    if state.sums is not None:
+                        self._flush_data([key])
+                        self._files.save(key, Saved(state.size, state.sums, self._modified_ns(key)), epoch)
             self.inner.retire(key, epoch)
         except StoreError:
             self._files.drop(key, epoch)
@@ -482,6 +516,7 @@ class ChecksummedStore(StoreWrapper):
             offset += count
         if sha1.digest() != digest:
             return False
+        self._flush_data([key])  # a process that was killed may have left it in the page cache
         with self._lock:
             self._files.drop(key)
             self._put(key, _State(size, sums, saved=self._files.save(key, Saved(size, sums, modified_ns))))
@@ -515,9 +550,20 @@ class ChecksummedStore(StoreWrapper):
                 if not state.saved:
                     self._files.drop(key)  # a part of it
 
+    def _flush_data(self, keys: Iterable[ShardKey]) -> None:
+        """What was written of the shards survives power loss, if anything does: checksums of it may be written down."""
+        if self._files.durable:
+            self.inner.sync(keys)
+
     def close(self) -> None:
         self._closed.set()
-        for key, state in list(self._changed.items()):
+        changed = list(self._changed.items())
+        try:
+            self._flush_data([key for key, _ in changed])
+        except StoreError as error:
+            logger.warning("checksums of what changed last are not written: %s", error)
+            changed = []
+        for key, state in changed:
             self._rest(key, state)
         self.inner.close()
 

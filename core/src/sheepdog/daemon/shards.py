@@ -131,8 +131,8 @@ class Shards:
             return
         store = self.store
         small = len(data) <= INLINE_BYTES_MAX
-        if small and self._direct and is_data(key.oid):
-            self._write_direct(key, offset, data, done)
+        if small and ((self._direct and is_data(key[0])) or not store.ready(key)):
+            self._write_waiting(key, offset, data, done)
             return
         if small and key not in self._lanes:
             try:
@@ -160,7 +160,7 @@ class Shards:
 
         self._change(key, work, done)
 
-    def _write_direct(self, key: ShardKey, offset: int, data: Buffer, done: Done) -> None:
+    def _write_waiting(self, key: ShardKey, offset: int, data: Buffer, done: Done) -> None:
         """A small write that may wait for the disk, and shares its flush with others."""
         store = self.store
 

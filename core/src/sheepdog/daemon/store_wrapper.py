@@ -97,6 +97,9 @@ class StoreWrapper(ObjectStore):
     def modified_ns(self, key: ShardKey, *, epoch: int | None = None) -> int | None:
         return self.inner.modified_ns(key, epoch=epoch)
 
+    def ready(self, key: ShardKey) -> bool:
+        return self.inner.ready(key)
+
     def upkeep(self) -> None:
         self.inner.upkeep()
 

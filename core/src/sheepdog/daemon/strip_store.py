@@ -186,6 +186,8 @@ class StripStore(JournaledStore):
         if self._log.synced or journal is None:
             return False
         length = sum(change.size_bytes for change in changes)
+        if not all(self.inner.ready(change.record.key) for change in changes):
+            return False
         # Old bytes, and what is around them in an entry.
         return length <= INLINE_BYTES_MAX and journal.ready(length + len(changes) * entry_bytes(4096))
 
