@@ -32,7 +32,14 @@ from sheepdog.daemon.primary import Done, Primary
 from sheepdog.daemon.shards import Shards
 from sheepdog.daemon.state import SheepState
 from sheepdog.daemon.verdicts import Look, Outcome, Verdict, best_of, judge_strips
-from sheepdog.errors import InvalidParameters, ObjectNotFound, RequestError, ShardCorrupt, TransportError
+from sheepdog.errors import (
+    InvalidParameters,
+    ObjectNotFound,
+    RequestError,
+    ShardCorrupt,
+    StoreDeviceError,
+    TransportError,
+)
 from sheepdog.model.node import NodeId
 from sheepdog.wire.extensions import COMPARE, INSPECT, REPAIR, REPAIR_NEEDLESS
 from sheepdog.wire.header import Request, Response
@@ -244,10 +251,16 @@ class Repairs:
             verdict = Verdict.CORRUPT
         except ObjectNotFound:
             return Look(Verdict.MISSING)
+        except StoreDeviceError as error:
+            self._shards.disk_failed(error)
+            raise
         try:
             return Look(verdict, await self._executor.run(partial(store.stored_digest, key)))
         except ObjectNotFound:
             return Look(Verdict.MISSING)
+        except StoreDeviceError as error:
+            self._shards.disk_failed(error)
+            raise
 
     async def _serve_inspect(self, request: Request) -> Response:
         if request.epoch != self._state.epoch:
