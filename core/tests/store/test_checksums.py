@@ -10,7 +10,7 @@ import pytest
 from sheepdog.builtin.filestore import FileStore, parse_file_name
 from sheepdog.contracts.store import ShardKey, StoreOptions
 from sheepdog.daemon.checksum_files import ChecksumFiles
-from sheepdog.daemon.checksums import _STATE_BYTES, ChecksummedStore
+from sheepdog.daemon.checksums import _STATE_BYTES, ChecksummedStore, sum_of, sums_of
 from sheepdog.daemon.journal import Journal, JournaledStore
 from sheepdog.errors import ObjectNotFound, ShardCorrupt, StoreBusy, StoreError
 from sheepdog.model.ids import data_oid
@@ -616,6 +616,15 @@ def test_names_are_not_those_of_objects(tmp_path):
     names = [path.name for path in (tmp_path / "sums").rglob("*") if path.is_file()]
     assert len(names) == 5
     assert not any(parse_file_name(name) for name in names)
+
+
+def test_many_blocks_at_once():
+    """The quick way for many blocks says what the one for a single block says."""
+    data = content(1, (300 << 10) + (1 << 20))
+
+    sums = sums_of(memoryview(data))
+
+    assert list(sums) == [sum_of(data[begin : begin + BLOCK]) for begin in range(0, len(data), BLOCK)]
 
 
 def test_side_file_is_small(tmp_path, store):
