@@ -583,7 +583,7 @@ def test_failed_flush(tmp_path):
     assert get(store, KEY, BLOCK) == content(2, BLOCK)
 
 
-@pytest.mark.parametrize("step", ["rest at the end", "set aside", "accept"])
+@pytest.mark.parametrize("step", ["rest", "rest at the end", "set aside", "accept"])
 def test_data_is_flushed_before_checksums_are_written(tmp_path, step):
     """Checksums of bytes that only the page cache has would make the old ones look corrupt after a power loss."""
     store = open_store(tmp_path)
@@ -594,13 +594,36 @@ def test_data_is_flushed_before_checksums_are_written(tmp_path, step):
     store.inner.sync = lambda keys: (order.append("data"), sync(keys))
     store._files.save = lambda *what: order.append("sums") or save(*what)
 
-    if step == "set aside":
+    if step == "rest":
+        rest(store)
+    elif step == "set aside":
         store.retire(KEY, 3)
     elif step == "accept":
         assert store.accept(KEY, store.stored_digest(KEY))
     store.close()
 
     assert order[:2] == ["data", "sums"]
+
+
+def test_change_while_coming_to_rest(tmp_path):
+    """A change between the flush of a shard and the writing of its checksums is not flushed: it does not rest."""
+    store = open_store(tmp_path)
+    put(store, KEY, content(1, SIZE))
+    sync = store.inner.sync
+
+    def changing(keys):
+        sync(keys)
+        store.write(KEY, content(2, BLOCK), offset_bytes=0, durable=False)
+
+    store.upkeep()
+    store.inner.sync = changing
+    store.upkeep()
+    store.inner.sync = sync
+
+    assert not list((tmp_path / "sums").glob("??/*"))
+    rest(store)
+    assert list((tmp_path / "sums").glob("??/*"))
+    assert store.verify(KEY, offset_bytes=0, length_bytes=SIZE) == (SIZE, True)
 
 
 def test_names_are_not_those_of_objects(tmp_path):

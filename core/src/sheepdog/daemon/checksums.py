@@ -28,7 +28,7 @@ import logging
 import sys
 import threading
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from xxhash import xxh3_64_digest, xxh3_64_intdigest
@@ -555,21 +555,27 @@ class ChecksummedStore(StoreWrapper):
     def upkeep(self) -> None:
         """What did not change in the last period is written down, and a new period begins."""
         last, self._period = self._period, object()
-        for key, state in list(self._changed.items()):
-            if state.period is not last:
-                self._rest(key, state)
+        self._rest_all([entry for entry in list(self._changed.items()) if entry[1].period is not last])
         self.inner.upkeep()
 
-    def _rest(self, key: ShardKey, state: _State) -> None:
+    def _rest_all(self, shards: Iterable[tuple[ShardKey, _State]]) -> None:
+        """These rest, but for those that change meanwhile."""
+        noted = [(key, state, state.changes) for key, state in shards]
+        # A journal may hold what the shards do not have on stable storage yet, and nobody can tell that it is replayed.
+        self._flush_data([key for key, _, _ in noted])
+        for key, state, changes in noted:
+            self._rest(key, state, changes)
+
+    def _rest(self, key: ShardKey, state: _State, changes: int) -> None:
+        """:param changes: those that are on stable storage."""
         with self._lock:
             if self._states.get(key) is not state:
                 self._changed.pop(key, None)
                 return
             # A change first counts up and then looks at ``period``; here it is the other way round. So one of the two
-            # sees the other: either the change finds the shard at rest, and waits for the lock, or it is seen here. One
-            # that looked before and ended meanwhile has set the period again.
+            # sees the other: either the change finds the shard at rest, and waits for the lock, or it is seen here.
             period, state.period = state.period, None
-            if state.changes & 1 or state.period is not None:
+            if changes & 1 or state.changes != changes:
                 state.period = period
                 return
             self._changed.pop(key, None)
@@ -579,21 +585,17 @@ class ChecksummedStore(StoreWrapper):
                 if not state.saved:
                     self._files.drop(key)  # a part of it
 
-    def _flush_data(self, keys: Iterable[ShardKey]) -> None:
+    def _flush_data(self, keys: Sequence[ShardKey]) -> None:
         """What was written of the shards survives power loss, if anything does: checksums of it may be written down."""
-        if self._files.durable:
+        if self._files.durable and keys:
             self.inner.sync(keys)
 
     def close(self) -> None:
         self._closed.set()
-        changed = list(self._changed.items())
         try:
-            self._flush_data([key for key, _ in changed])
+            self._rest_all(list(self._changed.items()))
         except StoreError as error:
             logger.warning("checksums of what changed last are not written: %s", error)
-            changed = []
-        for key, state in changed:
-            self._rest(key, state)
         self.inner.close()
 
 

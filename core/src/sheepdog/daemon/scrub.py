@@ -272,6 +272,8 @@ class Scrubber:
             store = self._shards.store
             try:
                 await self._executor.run(store.upkeep)
+            except StoreDeviceError as error:
+                self._shards.disk_failed(error)
             except SheepdogError as error:
                 logger.warning("checksums cannot be written: %s", error)
 
