@@ -4,6 +4,7 @@ import os
 import random
 import threading
 from array import array
+from types import SimpleNamespace
 
 import pytest
 
@@ -373,13 +374,33 @@ def test_what_rests_makes_room(tmp_path):
 def test_unwritable_checksums(tmp_path, store):
     """Without room for checksums there are none; nothing else fails."""
     put(store, KEY, content(1, SIZE))
-    store._files._root = str(tmp_path / "nowhere" / "\0")
     store._files._path = lambda key, epoch: str(tmp_path / "disk" / f"{key.oid:016x}" / "below-a-file")
-    store.upkeep()
+    rest(store)
 
     assert get(store, KEY) == content(1, SIZE)
-    del store._files._path
-    store._files._root = str(tmp_path / "sums")
+    assert store.verify(KEY, offset_bytes=0, length_bytes=SIZE) == (SIZE, True)
+    store.write(KEY, content(2, BLOCK), offset_bytes=0, durable=True)
+    assert get(store, KEY, BLOCK) == content(2, BLOCK)
+
+
+@pytest.mark.parametrize("scarce", ["f_bavail", "f_favail"])
+def test_room_is_left_to_others(tmp_path, monkeypatch, scarce):
+    """A file system that is almost full keeps its last space and files for what a sheep cannot do without."""
+    store = open_store(tmp_path)
+    put(store, KEY, content(1, SIZE))
+    real = os.statvfs(tmp_path)
+    fields = {name: getattr(real, name) for name in ("f_frsize", "f_blocks", "f_bavail", "f_files", "f_favail")}
+    fields |= {"f_files": 1 << 20, "f_favail": 1 << 20, scarce: 5000}
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(**fields))
+
+    rest(store)
+
+    assert not list((tmp_path / "sums").glob("??/*"))
+    assert store.verify(KEY, offset_bytes=0, length_bytes=SIZE) == (SIZE, True)
+    monkeypatch.undo()
+    store.write(KEY, b"x", offset_bytes=0, durable=False)
+    rest(store)
+    assert list((tmp_path / "sums").glob("??/*"))
 
 
 def test_failed_write(tmp_path):

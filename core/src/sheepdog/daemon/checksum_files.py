@@ -42,6 +42,11 @@ STALE = "stale"
 SUFFIX = ".sums"  # whoever looks for objects by their names finds none here
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
+# What is left to others on the file system of the base directory, where the log of epochs and maybe the objects lie;
+# of a small one a tenth.
+ROOM_BYTES = 256 << 20
+ROOM_FILES = 10_000
+
 _MAGIC = b"SDSUMS1\n"
 # magic, generation, oid, strip (-1: a whole copy), size of the shard, when it was changed last (0: not known)
 _HEAD = Struct("<8sQQqQQ")
@@ -197,6 +202,8 @@ class ChecksumFiles:
         raw = b"".join((head, _CHECK.pack(_check(head, body)), body))
         path = self._path(key, epoch)
         try:
+            if not self._has_room():
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             try:
                 fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o660)
             except FileNotFoundError:
@@ -214,6 +221,12 @@ class ChecksumFiles:
         self._failing = False
         return whole
 
+    def _has_room(self) -> bool:
+        status = os.statvfs(self._root)
+        return status.f_bavail * status.f_frsize >= min(ROOM_BYTES, status.f_blocks * status.f_frsize // 10) and (
+            not status.f_files or status.f_favail >= min(ROOM_FILES, status.f_files // 10)
+        )
+
     def drop(self, key: ShardKey, epoch: int | None = None) -> None:
         """The shard is about to change.
 
@@ -222,7 +235,7 @@ class ChecksumFiles:
         path = self._path(key, epoch)
         try:
             os.unlink(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return
         except OSError as error:
             raise _trouble(error, f"{path} cannot be removed") from error

@@ -272,9 +272,9 @@ class Scrubber:
             store = self._shards.store
             try:
                 await self._executor.run(store.upkeep)
-            except StoreDeviceError as error:
-                self._shards.disk_failed(error)
             except SheepdogError as error:
+                if isinstance(error, StoreDeviceError) and error.path is not None:
+                    self._shards.disk_failed(error)
                 logger.warning("checksums cannot be written: %s", error)
 
     # ---- a pass
