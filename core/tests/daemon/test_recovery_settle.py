@@ -243,13 +243,13 @@ async def test_settled_copies_replace_nothing_newer(make_store):
         await w.recovered()
         await w.sheep[1].objects.write(oid, 0, b"new")
         pushed = []
-        settled = mender._push_copy
+        settled = mender.push_copy
 
         async def push(*arguments):
             pushed.append(await settled(*arguments))
             return pushed[-1]
 
-        mender._push_copy = push
+        mender.push_copy = push
         held.go.set()
         await until(lambda: pushed)
 
