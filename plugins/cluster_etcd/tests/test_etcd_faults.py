@@ -5,15 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import ssl
-import time
 import urllib.request
-from dataclasses import replace
+from contextlib import ExitStack
 
 import anyio
 import etcd3
 import pytest
 
-from sheepdog.api import ClusterUnavailable, ConfigError, Joined, SessionLost
+from sheepdog.api import ConfigError, Joined, SessionLost
+from sheepdog.testing import services
 from sheepdog.testing.certificates import Authority
 from sheepdog.testing.cluster_kit import (
     PATIENCE_S,
@@ -53,19 +53,6 @@ def client(etcd):
     client = etcd3.client("127.0.0.1", etcd.port)
     yield client
     client.close()
-
-
-async def rejoin(tasks, driver, node) -> SessionMember:
-    """A member, once the service is back."""
-    with anyio.fail_after(2 * PATIENCE_S):
-        while True:
-            member = SessionMember(node)
-            try:
-                await member.start(tasks, driver, b"")
-            except ClusterUnavailable:
-                await anyio.sleep(0.1)
-            else:
-                return member
 
 
 # -- options --
@@ -168,156 +155,18 @@ async def test_large_greetings(cluster):
         assert len(members[-1].seen[0].view) == 8
 
 
-@pytest.mark.anyio
-async def test_server_restart(own_server):
-    """A short restart of etcd loses nothing: same sessions, same order, broken watches are continued."""
-    options = f"{own_server.address}/x,ttl=15"
-    async with driver_cluster("sheepdog_cluster_etcd", options, backend="uvloop", pause_s=20) as cluster:
-        members = [await cluster.spawn(kit_node(i)) for i in range(2)]
-        await settle(members, b"before")
-        own_server.stop()
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(members[0].broadcast, b"meanwhile")
-            own_server.start()
-            await anyio.to_thread.run_sync(own_server.wait)
-        await settle(members, b"after")
-        late = await cluster.spawn(kit_node(2))
-        await settle([*members, late], b"mark")
-
-        assert payloads(members[1]) == [b"before", b"meanwhile", b"after", b"mark"]
-        assert_one_order([*members, late], b"mark")
-
-
-@pytest.mark.anyio
-async def test_no_answer(own_server):
-    """While etcd does not answer, a member distrusts itself in time, is lost in the end, and can join again."""
-    driver = EtcdDriver(EtcdOptions((("127.0.0.1", own_server.port),), "/x", 1, connect_timeout_s=1.0))
-    async with anyio.create_task_group() as tasks:
-        member = SessionMember(kit_node(0))
-        await member.start(tasks, driver, b"")
-        own_server.pause()
-        stopped_s = time.monotonic()
-        while await member.alive():
-            await anyio.sleep(0.01)
-        doubt_s = time.monotonic() - stopped_s
-        await member.until(lambda: member.lost, PATIENCE_S)
-        with pytest.raises(SessionLost):
-            await member.broadcast(b"ghost")
-        await member.leave()
-        with pytest.raises(ClusterUnavailable):
-            await SessionMember(kit_node(0)).start(tasks, driver, b"")
-        own_server.resume()
-        again = await rejoin(tasks, driver, kit_node(0))
-        await settle([again], b"mark")
-        tasks.cancel_scope.cancel()
-
-    assert doubt_s < 1.2
-    assert payloads(again) == [b"mark"]
-
-
-@pytest.mark.anyio
-async def test_quorum_lost(ensemble):
-    """Without a quorum no member says that it is alive; with it again, members can join and talk."""
-    endpoints = tuple(("127.0.0.1", server.port) for server in ensemble)
-    driver = EtcdDriver(EtcdOptions(endpoints, "/x", 2))
-    async with anyio.create_task_group() as tasks:
-        members = [SessionMember(kit_node(i)) for i in range(2)]
-        for member in members:
-            await member.start(tasks, driver, b"")
-        await settle(members, b"before")
-        for server in ensemble[1:]:
-            server.stop()
-        for member in members:
-            with anyio.fail_after(PATIENCE_S):
-                while await member.alive():
-                    await anyio.sleep(0.02)
-            await member.until(lambda member=member: member.lost, PATIENCE_S)
-            await member.leave()
-        ensemble[1].start()
-        await anyio.to_thread.run_sync(ensemble[1].wait)
-        again = await rejoin(tasks, driver, kit_node(0))
-        await settle([again], b"mark")
-        tasks.cancel_scope.cancel()
-
-    assert payloads(again) == [b"mark"]
-
-
-@pytest.mark.anyio
-async def test_one_server_fails(ensemble):
-    """With a quorum left, sessions go on when the server they talk to dies; nothing is lost or repeated."""
-    endpoints = tuple(("127.0.0.1", server.port) for server in ensemble)
-    driver = EtcdDriver(EtcdOptions(endpoints, "/x", 10))
-    async with anyio.create_task_group() as tasks:
-        members = [SessionMember(kit_node(i)) for i in range(2)]
-        for member in members:
-            await member.start(tasks, driver, b"")
-        await settle(members, b"before")
-        used = members[0].session._client.endpoint_in_use.netloc
-        next(server for server in ensemble if server.address == used).stop()
-        for i in range(10):
-            await members[i % 2].broadcast(b"%d" % i)
-        await settle(members, b"mark")
-        tasks.cancel_scope.cancel()
-
-    assert payloads(members[1]) == [b"before", *(b"%d" % i for i in range(10)), b"mark"]
-    assert_one_order(members, b"mark")
-
-
-@pytest.mark.anyio
-async def test_nobody_there():
-    """A join where nothing listens ends in bounded time with ClusterUnavailable."""
-    driver = EtcdDriver(EtcdOptions((("127.0.0.1", 1),), connect_timeout_s=0.3))
-    with anyio.fail_after(8), pytest.raises(ClusterUnavailable, match="does not answer"):
-        async with driver.join(kit_node(0), b""):
-            pass
-
-
 # -- who may --
 
 
-def tls_options(server, ca, cert, key) -> EtcdOptions:
-    options = EtcdOptions.parse(f"{server.address}/x,ttl=4,ca={ca},cert={cert},key={key}")
-    return replace(options, connect_timeout_s=PATIENCE_S)
+@pytest.fixture
+def authority(tmp_path):
+    return Authority(tmp_path / "authority")
 
 
-@pytest.mark.anyio
-async def test_tls(tls_server, authority):
-    """Over encrypted connections with certificates on both sides members talk as over any other."""
-    driver = EtcdDriver(tls_options(tls_server, authority.ca, *authority.issue("sheep")))
-    async with anyio.create_task_group() as tasks:
-        members = [SessionMember(kit_node(i)) for i in range(2)]
-        for member in members:
-            await member.start(tasks, driver, b"")
-        await settle(members, b"mark")
-        await members[1].leave()
-        await until_left(members[0], kit_node(1))
-        tasks.cancel_scope.cancel()
-
-    assert payloads(members[0]) == [b"mark"]
-
-
-@pytest.mark.anyio
-async def test_tls_refused(tls_server, authority, tmp_path):
-    """Whom one side does not trust the other side does not talk to; the message tells what is known of it.
-
-    That holds for a server of another authority or with another name, and for a client with a strange certificate or
-    none.
-    """
-    stranger = Authority(tmp_path / "stranger")
-    right = tls_options(tls_server, authority.ca, *authority.issue("sheep"))
-    cases = {
-        "another authority": (replace(right, ca=str(stranger.ca)), "CERTIFICATE_VERIFY_FAILED"),
-        "another name": (replace(right, endpoints=(("localhost", tls_server.port),)), "Hostname"),
-        "strange client": (tls_options(tls_server, authority.ca, *stranger.issue("thief")), ""),
-        "no certificate": (replace(right, cert=None, key=None), ""),
-    }
-    for case, (options, words) in cases.items():
-        # Where the reason is looked for, a busy machine must have come to know it.
-        driver = EtcdDriver(replace(options, connect_timeout_s=6.0 if words else 1.0))
-        with anyio.fail_after(PATIENCE_S), pytest.raises(ClusterUnavailable, match="does not answer") as refusal:
-            async with driver.join(kit_node(0), b""):
-                pass
-        assert words in str(refusal.value), case
+@pytest.fixture
+def tls_server(tmp_path, authority):
+    with ExitStack() as stack:
+        yield services.start_etcd(tmp_path, stack, tls=services.Tls(authority.ca, *authority.issue("server")))
 
 
 @pytest.mark.anyio
@@ -426,17 +275,6 @@ async def test_abandoned_attempts(cluster):
         assert [p for p in seen if p.startswith(b"sure")] == [b"sure %d" % i for i in range(30)]
         assert len(set(seen)) == len(seen)
         assert_one_order(members, b"mark")
-
-
-@pytest.mark.anyio
-async def test_foreign_prefix(cluster, prefix, client):
-    """A prefix that another program uses is refused; its keys stay."""
-    client.put(f"{prefix}/member/x", "something else")
-    async with cluster as cluster:
-        with pytest.raises(ConfigError, match="not written by this driver"):
-            await cluster.spawn(kit_node(0))
-
-    assert client.get(f"{prefix}/member/x")[0] == b"something else"
 
 
 @pytest.mark.anyio

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from sheepdog.testing.cluster_kit import once_is_enough
-from sheepdog.testing.services import hang_guard, hold_ports
+from sheepdog.testing.services import (
+    hold_ports,
+    no_hang,  # noqa: F401  a fixture for all tests here
+)
 from sheepdog_cluster_raft.options import RaftOptions
 from sheepdog_cluster_raft.server import Server
 
@@ -19,17 +22,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     once_is_enough(items, Path(__file__).parent)
 
 
-@pytest.fixture(autouse=True)
-def no_hang(request):
-    with hang_guard(request.config):
-        yield
-
-
 SECRET = "for tests"
 
 
 class Voters:
     """Servers without members."""
+
+    secret = SECRET
 
     def __init__(self, directory: Path, stack: ExitStack, count: int = 3) -> None:
         self.addresses = tuple(f"127.0.0.1:{port}" for port in hold_ports(count, stack))

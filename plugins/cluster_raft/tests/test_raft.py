@@ -10,6 +10,9 @@ import pytest
 
 from sheepdog.testing.cluster_kit import ClusterFactory, ClusterKit
 from sheepdog.testing.cluster_worker import driver_cluster
+from sheepdog.testing.service_kit import KitServers, ServersKit, StartServers
+from sheepdog_cluster_raft.driver import RaftDriver
+from sheepdog_cluster_raft.options import RaftOptions
 
 
 @pytest.fixture(params=["asyncio", "trio"])
@@ -17,7 +20,24 @@ def anyio_backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-class TestRaft(ClusterKit):
+class Voter:
+    """One of a group of voters, for the kit."""
+
+    def __init__(self, group, index: int) -> None:
+        self.group = group
+        self.index = index
+
+    def start(self) -> None:
+        self.group.start(self.index)
+
+    def stop(self) -> None:
+        self.group.stop(self.index)
+
+    def wait(self) -> None:
+        self.group.wait()
+
+
+class TestRaft(ClusterKit, ServersKit):
     """All guarantees of the contract."""
 
     @pytest.fixture
@@ -37,3 +57,18 @@ class TestRaft(ClusterKit):
                 yield cluster
 
         return cluster
+
+    @pytest.fixture
+    def start_servers(self, tmp_path, make_voters) -> StartServers:
+        def start(count: int) -> KitServers[Voter]:
+            group = make_voters(tmp_path / "servers", count)
+
+            def driver(session_s, voters, connect_s) -> RaftDriver:
+                peers = tuple(group.addresses[voter.index] for voter in voters)
+                return RaftDriver(
+                    RaftOptions(peers, group.secret, "none", timeout_s=session_s, connect_timeout_s=connect_s)
+                )
+
+            return KitServers([Voter(group, index) for index in range(count)], driver)
+
+        return start

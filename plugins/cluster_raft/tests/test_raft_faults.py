@@ -28,6 +28,7 @@ from sheepdog.testing.cluster_kit import (
     until_left,
 )
 from sheepdog.testing.cluster_worker import ProcessMember, SessionMember, driver_cluster
+from sheepdog.testing.service_kit import rejoin
 from sheepdog.testing.services import hold_ports
 from sheepdog_cluster_raft import transport
 from sheepdog_cluster_raft.driver import RaftDriver
@@ -52,19 +53,6 @@ def anyio_backend() -> str:
 
 def follower(voters, timeout_s: float = 1.5) -> RaftDriver:
     return RaftDriver(RaftOptions(voters.addresses, SECRET, "none", timeout_s=timeout_s))
-
-
-async def rejoin(tasks, driver, node) -> SessionMember:
-    """A member, once there is a quorum and its old session has ended."""
-    with anyio.fail_after(2 * PATIENCE_S):
-        while True:
-            member = SessionMember(node)
-            try:
-                await member.start(tasks, driver, b"")
-            except (ClusterUnavailable, ConfigError):
-                await anyio.sleep(0.1)
-            else:
-                return member
 
 
 @pytest.mark.anyio
@@ -97,15 +85,6 @@ def test_directory_in_use(voters, ports):
         Server(options).start()
 
     assert (voters.directory / "0" / "journal").stat().st_ino == before
-
-
-@pytest.mark.anyio
-async def test_nobody_there():
-    """A join without a leader ends in bounded time with ClusterUnavailable."""
-    driver = RaftDriver(RaftOptions(("127.0.0.1:1", "127.0.0.1:2"), SECRET, "none", connect_timeout_s=0.5))
-    with anyio.fail_after(8), pytest.raises(ClusterUnavailable, match="no raft leader"):
-        async with driver.join(kit_node(0), b""):
-            pass
 
 
 # -- identities --
@@ -176,48 +155,6 @@ async def test_members_that_vote(tmp_path, ports):
     for member in survivors:
         assert left(member, again.node) == 1
         assert_sound(member.seen)
-
-
-@pytest.mark.anyio
-async def test_quorum_lost(voters):
-    """Without a quorum no member says that it is alive; with it again, members can join and talk."""
-    driver = follower(voters)
-    async with anyio.create_task_group() as tasks:
-        members = [SessionMember(kit_node(i)) for i in range(2)]
-        for member in members:
-            await member.start(tasks, driver, b"")
-        await settle(members, b"before")
-        await anyio.to_thread.run_sync(voters.stop, 0, 1)
-        for member in members:
-            with anyio.fail_after(PATIENCE_S):
-                while await member.alive():
-                    await anyio.sleep(0.02)
-            await member.until(lambda member=member: member.lost, PATIENCE_S)
-            await member.leave()
-        await anyio.to_thread.run_sync(voters.start, 0, 1)
-        again = await rejoin(tasks, driver, kit_node(0))
-        await settle([again], b"mark")
-        tasks.cancel_scope.cancel()
-
-    assert payloads(again) == [b"mark"]
-
-
-@pytest.mark.anyio
-async def test_voters_restart(voters):
-    """All voters restart one after the other from their directories; the sessions go on and nothing is lost."""
-    driver = follower(voters, timeout_s=30)
-    async with anyio.create_task_group() as tasks:
-        members = [SessionMember(kit_node(i)) for i in range(2)]
-        for member in members:
-            await member.start(tasks, driver, b"")
-        for index in range(3):
-            await anyio.to_thread.run_sync(voters.stop, index)
-            await members[0].broadcast(b"%d" % index)
-            await anyio.to_thread.run_sync(voters.start, index)
-        await settle(members, b"mark")
-        tasks.cancel_scope.cancel()
-
-    assert payloads(members[1]) == [b"0", b"1", b"2", b"mark"]
 
 
 @pytest.mark.anyio

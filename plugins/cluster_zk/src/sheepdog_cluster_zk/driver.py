@@ -273,7 +273,9 @@ class ZookeeperSession(ServiceSession):
             try:
                 self.state, self._position = GroupState.from_snapshot(content)
             except RecordDamaged as error:
-                raise ConfigError(f"znode {self._state_path} was not written by this driver: {error}") from error
+                raise ConfigError(
+                    f"znode {self._state_path} was not written by this driver ({error}); name another path"
+                ) from error
         self._state_at = self._position
 
     async def say_goodbye(self) -> None:
