@@ -319,12 +319,14 @@ class SheepCluster:
                 f"driver {self.driver!r} needs the test tools here ({error}); try: pip install 'sheepdog-core[testing]'"
             ) from None
 
+        # Not in ``base``, which may be on a small disk: etcd sets 64 MiB aside at its start.
+        base = Path(self._services.enter_context(tempfile.TemporaryDirectory(prefix="sheep-services-")))
         if self.driver in ("zk", "zookeeper"):
-            server = services.start_zookeeper(self.base, self._services)
+            server = services.start_zookeeper(base, self._services)
             self._remembered = server.remembers
             return services.zookeeper_specs(server, count)
         hosts = None if self.network is None else [sheep.host for sheep in self.sheep]
-        return services.driver_specs(self.driver, count, self.base, self._services, hosts=hosts)
+        return services.driver_specs(self.driver, count, base, self._services, hosts=hosts)
 
     def __enter__(self) -> SheepCluster:
         try:
