@@ -417,6 +417,62 @@ async def test_nothing_is_cleaned_up_while_others_recover(make_store):
         assert w.stale(0)
 
 
+async def test_one_who_is_done_keeps_what_another_still_looks_for(make_store):
+    """All were killed after an epoch that everybody had recovered, and one has what another must find: being done
+    first, it keeps that until the other has it."""
+    async with world(2, make_store, copies=1) as w:
+        oid, content = w.object_on(1, copies=1), random_bytes(1, OBJECT)
+        await w.change(0, 1)
+        await w.recovered()
+        w.put(0, oid, content)
+        w.sheep[0].store.retire(ShardKey(oid), 2)
+        w.sheep[0].recovery._index.forget()
+        searched, go = anyio.Event(), anyio.Event()
+        finder = w.sheep[1].recovery.finder
+        find = finder.find
+
+        async def slow_find(*args, **options):
+            searched.set()
+            await go.wait()
+            return await find(*args, **options)
+
+        finder.find = slow_find
+        w.sheep[1].recovery.wildcard = True
+        w.restart()
+        with anyio.fail_after(10):
+            await searched.wait()
+            while w.sheep[0].recovery.status().in_recovery:
+                await anyio.sleep(0.01)
+        await anyio.sleep(0.2)  # for a purge that does not care
+        go.set()
+        await w.recovered()
+
+        assert digest(w.content(1, oid)) == digest(content)
+        with anyio.fail_after(5):
+            while w.stale(0):
+                await anyio.sleep(0.01)
+
+
+async def test_only_version_on_a_disk_of_another(make_store):
+    """A disk with an object that belongs elsewhere, and is not there, was put in: the object is set aside and stays,
+    while one that its holder has goes."""
+    async with world(2, make_store, copies=1) as w:
+        oid, content = w.object_on(1, copies=1), random_bytes(1, OBJECT)
+        await w.change(0, 1)
+        await w.recovered()
+        w.put(0, oid, content)
+        w.sheep[0].recovery.disks_changed()
+        await w.recovered()
+        await anyio.sleep(0.2)  # for a purge that does not care
+        assert w.stale(0) == [(ShardKey(oid), 2)]
+
+        w.put(1, oid, content)
+        w.sheep[0].recovery.disks_changed()
+        with anyio.fail_after(5):
+            while w.stale(0):
+                await anyio.sleep(0.01)
+
+
 async def test_unchanged_copy_is_taken_up_again(make_store):
     """A node that returns with the version that the others have links it into place instead of fetching it."""
     async with world(3, make_store) as w:

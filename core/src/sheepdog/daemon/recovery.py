@@ -10,7 +10,8 @@ After each change of membership, disks or number of copies:
 3. *Recover.* Each shard is found (``recovery_fetch``) and stored; strips are mended by their primary
    (``recovery_settle``). Inodes come first. A request that needs a shard that is still missing has it fetched at
    once, out of turn.
-4. *Finish.* Every member announces when nothing it should have is missing. When all have, what was set aside goes.
+4. *Finish.* Every member announces when nothing it should have is missing. When all have, what was set aside goes
+   (``recovery_purge``).
 
 A fetched shard never replaces one that appeared meanwhile: a write that missed us was not acknowledged, and is
 settled by its primary. A removal that comes while a shard is fetched, or after it was set aside, wins over the old
@@ -39,6 +40,7 @@ from sheepdog.daemon.recovery_fetch import LIVE, Finder, Found, RingOf, StaleInd
 from sheepdog.daemon.recovery_list import LIST_RETRY_S, Lister
 from sheepdog.daemon.recovery_notes import Notes, Progress
 from sheepdog.daemon.recovery_pace import Pace
+from sheepdog.daemon.recovery_purge import Purger
 from sheepdog.daemon.recovery_serve import VersionServer
 from sheepdog.daemon.recovery_settle import Mender, digest_at
 from sheepdog.daemon.recovery_wanted import Wanted
@@ -116,8 +118,12 @@ class Recovery:
         self._lister = Lister(state, peers, placer, self.finder)
         self.mender: Mender | None = None
         self._aside: Aside | None = None
+        self._purger: Purger | None = None
         if shards is not None:
             self.finder.corrupt = lambda error: shards.corrupt(error)
+            self._purger = Purger(
+                state, placer, executor, self._index, self.finder, self.wanted, lambda: self._generation
+            )
             self._aside = Aside(state, shards, placer, executor, self._index, self.finder.ring, self._in_lane)
             self.mender = Mender(self, self.finder, state, placer, shards, executor, outbox, spawn)
             shards.removed = self._shard_removed
@@ -258,10 +264,11 @@ class Recovery:
         self._complete = {}
         self._notes.forget_removals()
         logger.info("all nodes are recovered, epoch %d", epoch)
+        again = self._progress.gathered == epoch
         self._progress.gathered = epoch
         self.unsettled.trust()
-        if self._shards is not None and not self._active:
-            self._purge_soon()
+        if not self._active:
+            self._purge_soon(again)
         self._save_soon()
 
     def reset(self) -> None:
@@ -291,15 +298,13 @@ class Recovery:
         """
         if self._active or self._missing or self._progress.gathered != self._state.epoch:
             raise RequestError("the cluster is recovering", result=Result.NODE_IN_RECOVERY)
-        await self._purge(self._generation)
+        if self._purger is not None:
+            await self._purger.purge(self._generation)
 
-    def _purge_soon(self) -> None:
-        self._spawn(self._purge, self._generation)
-
-    async def _purge(self, generation: int) -> None:
-        """What was set aside goes, unless another change has begun since: it sets aside what must not go yet."""
-        if self._shards is not None:
-            await self._executor.run(lambda: self._index.purge(lambda: self._generation == generation))
+    def _purge_soon(self, again: bool) -> None:
+        """:param again: the epoch was gathered before, so that members without a cause since announce nothing."""
+        if self._purger is not None:
+            self._spawn(self._purger.purge_unneeded if again else self._purger.purge, self._generation)
 
     def _save_soon(self) -> None:
         self._spawn(self._executor.run, self._notes.save)
@@ -649,6 +654,7 @@ class Recovery:
 
     async def _finish(self) -> bool:
         epoch = self._state.epoch
+        again = self._progress.gathered == epoch
         if self._missing:
             logger.warning("%d objects are missing; what was set aside is kept", len(self._missing))
         elif not await self._settled():
@@ -664,7 +670,7 @@ class Recovery:
         self._active = False
         self.wildcard = False
         if self._progress.gathered == self._state.epoch and not self._missing:
-            self._purge_soon()
+            self._purge_soon(again)
         return True
 
     async def _settled(self) -> bool:
