@@ -641,6 +641,30 @@ async def test_second_change_during_recovery(make_store):
             assert {w.content(number, oid) for number in have} == {content}
 
 
+async def test_who_left_is_not_asked_for_the_rest(make_store):
+    """A change while an object is fetched from a node that leaves ends the fetch: the node may live on and never
+    answer requests of an epoch that it does not know, and recovery towards the new epoch would wait for it."""
+    async with world(3, make_store, copies=1) as w:
+        oid, content = w.object_on(2, copies=1), random_bytes(1, OBJECT)
+        w.put(2, oid, content)
+        finder = w.sheep[0].recovery.finder
+        ask = finder._ask_piece
+        changed = []
+
+        async def ask_and_change(*args):
+            answer = await ask(*args)
+            if not changed and answer.content:
+                changed.append(args)
+                await w.change(0, 1)
+            return answer
+
+        finder._ask_piece = ask_and_change
+        await w.change(0, 1, 2, storing=(0,))
+        await w.recovered(10)
+
+        assert changed and w.epoch == 3
+
+
 @pytest.mark.parametrize("when", ["while it ran", "while it was down"])
 async def test_lost_disk_is_no_proof(make_store, when):
     """A copy that is missing because its disk went does not prove that an older version elsewhere is the newest."""

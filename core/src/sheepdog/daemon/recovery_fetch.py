@@ -252,6 +252,7 @@ class Finder:
                 if skip_own and older == epoch and node == state.me.id:
                     proved = proved or older > self._lossy()
                     continue
+                self._still(epoch)
                 answer = newest.get((node, index))
                 if answer is None or answer.version >= older:
                     try:
@@ -293,7 +294,9 @@ class Finder:
         key = ShardKey(oid, index)
         newest = 0
         sources: list[NodeId] = []  # that have this version
+        epoch = self._state.epoch
         for node in self._state.ring.with_disks:
+            self._still(epoch)
             answer = await self.ask(node.id, key, placement, 1, length=0)
             if answer.version > newest:
                 newest, sources = answer.version, []
@@ -301,6 +304,7 @@ class Finder:
                 sources.append(node.id)
         found = Found()
         for source in sources:
+            self._still(epoch)
             answer = await self.ask(source, key, placement, 1)
             if answer.corrupt:
                 found.corrupt = True
@@ -329,8 +333,10 @@ class Finder:
             return await self._ask_piece(node, key, placement, older, 0, length)
         whole = memoryview(b"")  # of the right size as soon as there is something
         filled = 0
+        epoch = self._state.epoch
         while True:
             await self._breath()
+            self._still(epoch)
             answer = await self._ask_piece(node, key, placement, older, filled, min(PIECE_BYTES, length - filled))
             if answer.content is None:
                 if filled and not answer.corrupt:
@@ -343,6 +349,14 @@ class Finder:
             if not count or filled >= length:
                 answer.content = whole[:filled]
                 return answer
+
+    def _still(self, epoch: int) -> None:
+        """Nobody left since: who did, and lives, lets requests of later epochs wait for an epoch that it never sees.
+
+        :raises RequestError: OLD_NODE_VER, the epoch moved on.
+        """
+        if self._state.epoch != epoch:
+            raise RequestError("the epoch moved on", result=Result.OLD_NODE_VER)
 
     async def _ask_own(self, key: ShardKey, older: int, length: int) -> _Answer:
         reader = self._reader
