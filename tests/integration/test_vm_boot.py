@@ -82,7 +82,8 @@ class VirtualMachine:
         self.process.stdout.close()
 
     def console(self):
-        return "\n".join(self.lines[-40:])
+        lines = list(self.lines)
+        return "\n".join(lines if len(lines) <= 60 else [*lines[:20], "...", *lines[-40:]])
 
     def wait_line(self, wanted, timeout_s):
         """A line that satisfies ``wanted``, old or new."""

@@ -4,7 +4,8 @@ Everything comes from Debian packages that are downloaded and unpacked into a di
 installation is needed. The disk has GRUB in its first megabyte and one ext4 partition with the kernel, an initial RAM
 disk and a secret that only somebody who reads this disk can know. The guest's program prints the secret on the serial
 console, and then again and again writes a mebibyte, syncs, drops its caches, reads it back, compares, and prints
-``io N ok`` (or ``io N BAD``).
+``io N ok`` (or ``io N BAD``). These lines are its own: the kernel, which would write its warnings into the middle of
+them, is silent until it panics, and what the boot loader left unfinished ends before the first one.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ mount -t devtmpfs dev /dev
 for module in {modules}; do insmod /modules/$module; done
 while ! [ -b /dev/vda1 ]; do usleep 100000; done
 mount -t ext4 /dev/vda1 /mnt
+echo
 echo "vm booted, secret $(cat /mnt/secret)"
 n=0
 while :; do
@@ -48,7 +50,7 @@ done
 _GRUB = """serial --unit=0 --speed=115200
 terminal_output serial
 set root=(hd0,msdos1)
-linux /vmlinuz console=ttyS0 quiet panic=-1
+linux /vmlinuz console=ttyS0 loglevel=0 panic=-1
 initrd /initrd
 boot
 """
