@@ -51,7 +51,7 @@ class Plane:
         self.peers = PeerPool(transport, self.outbox, clock, spawn)
         self.placer = Placer(self.state, scheme_finder((CopiesFactory(), *factories)), self.peers)
         self.store = store
-        shards = Shards(store, executor, self.outbox, durable=durable, device_failed=lambda error: False)
+        shards = Shards(store, executor, self.outbox, clock, spawn, durable=durable, device_failed=lambda error: False)
         self.shards = shards
         self.recovery = Recovery(self.state, shards, self.placer, self.peers, executor, clock, self.outbox, spawn)
         self.primary = Primary(self.state, shards, self.peers, self.placer, self.unsettled, self.recovery)

@@ -5,6 +5,7 @@ import hashlib
 import os
 import random
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -469,3 +470,55 @@ def test_number_order(tmp_path):
     replay(str(tmp_path), store, block_size_shift=22)
 
     assert get(store, ShardKey(9)) == b"new"
+
+
+def test_more_creations_at_once_than_the_journal_holds(tmp_path):
+    """Creations that together exceed the journal do not wait for each other for ever: all end, all survive."""
+    machine = Machine(tmp_path, 1 * MiB)
+    keys = [ShardKey(0x0012345600000000 + number) for number in range(10)]
+    threads = [
+        threading.Thread(target=put, args=(machine.store, key, bytes([number + 1]) * 200_000), kwargs={"durable": True})
+        for number, key in enumerate(keys)
+    ]
+    with machine.journal._io:  # until all of them have their entry on the way
+        for thread in threads:
+            thread.daemon = True
+            thread.start()
+        deadline = time.monotonic() + 30
+        while machine.journal.pending < len(keys):
+            assert time.monotonic() < deadline, "a creation did not begin"
+            time.sleep(0.001)
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads), "creations wait for each other"
+
+    machine.lose_power()
+
+    assert [get(machine.store, key) for key in keys] == [bytes([number + 1]) * 200_000 for number in range(10)]
+    machine.journal.close(remove=True)
+
+
+def test_first_appends_write_ahead(tmp_path):
+    """What is written for the first time is written with zeros behind it, and the next append finds its blocks in use.
+
+    Without that, each append to reserved space costs a commit of the file system's own journal.
+    """
+    path = str(tmp_path / "journal_file0")
+    file = JournalFile(path, 4 * MiB)
+    written = []
+    real = os.pwritev
+
+    def noting(fd, buffers, at, *flags):
+        written.append((at, sum(map(len, buffers))))
+        return real(fd, buffers, at, *flags)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "pwritev", noting)
+        for _ in range(3):
+            file.append([b"x" * 512], 512)
+        file.clear()
+        file.append([b"y" * 512], 512)
+    assert written == [(0, 512 + MiB), (512, 512), (1024, 512), (0, 512)]
+    file.append([bytes(4 * MiB - 512)], 4 * MiB - 512)
+    assert os.path.getsize(path) == 4 * MiB, "nothing is written behind the end"
+    file.close()

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import pytest
 
 from sheepdog.contracts.store import ShardKey, StoreOptions
-from sheepdog.daemon.journal import Journal, JournaledStore, left_journal
-from sheepdog.daemon.journal_files import STRIPS, Left, file_paths, replay
+from sheepdog.daemon.journal import Journal, JournaledStore
+from sheepdog.daemon.journal_files import STRIPS, Left, file_paths, left_journal, replay
 from sheepdog.daemon.strip_memory import Record, StripChange, StripMemory
 from sheepdog.daemon.strip_store import StripLog, StripStore
 from sheepdog.errors import StoreDeviceError

@@ -26,12 +26,13 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from sheepdog.contracts.store import Buffer, ObjectStore, ShardKey
 from sheepdog.daemon import journal_files
 from sheepdog.daemon.config import SheepConfig
-from sheepdog.daemon.journal_files import JOURNAL, JournalFile, Left, file_paths
+from sheepdog.daemon.journal_files import JOURNAL, JournalFile, Left, file_paths, left_journal
 from sheepdog.daemon.store_wrapper import StoreWrapper
 from sheepdog.daemon.strip_memory import Record, StripChange, StripMemory, pack_known
 from sheepdog.errors import ConfigError, StoreError
@@ -123,18 +124,23 @@ class Journal:
             self._applying.difference_update(numbers)
             self._lock.notify_all()
 
-    def add_strip(self, change: StripChange, *, redo: bool) -> int:
-        """An entry that undoes a change of a strip, and with ``redo`` makes it; its number, 0 if the journal failed.
+    def add_strips(self, changes: Sequence[StripChange], redos: Sequence[bool]) -> list[int]:
+        """Entries that undo changes of strips, and with ``redo`` make them; their numbers, 0 where there is none.
 
-        The change is still to be made; ``applied`` tells when it is.
+        ``applied`` tells when they are made. The entries stand side by side, so that nobody waits for his own.
         """
-        record = change.record._replace(whole=redo)
+        numbers = []
         with self._lock:
-            if self.failed:
-                return 0
-            self._strips.note(record, change.low_water)
-            data = record.pack(change.low_water, change.pieces if redo else ())
-            return self.add(JournalKind.UNDO, record.key, data, applying=True)
+            for change, redo in zip(changes, redos, strict=True):
+                length = entry_bytes(change.record.size_bytes + change.size_bytes + _META_BYTES)
+                if self.failed or length > self.entry_bytes_max:
+                    numbers.append(0)
+                    continue
+                record = change.record._replace(whole=redo)
+                self._strips.note(record, change.low_water)
+                data = record.pack(change.low_water, change.pieces if redo else ())
+                numbers.append(self.add(JournalKind.UNDO, record.key, data, applying=True))
+        return numbers
 
     def finish_strip(self, record: Record) -> int:
         """A change that the journal does not make is made; the number of the entry."""
@@ -187,21 +193,32 @@ class Journal:
 
         :raises StoreError: a disk does not take what must leave the journal before more can enter. May be repeated.
         """
-        with self._io:
-            if self.failed:
-                return False
-            if number is not None and number <= self._durable:
-                return True
-            with self._lock:
-                batch, self._pending = self._pending, []
-            try:
-                if self._broken is not None:
-                    raise self._broken
-                self._write(batch)
-            except OSError as error:
-                self._fail(error, batch)
-                return False
-            return True
+        if number is None:
+            number = self._number
+        while True:
+            with self._io:
+                if self.failed:
+                    return False
+                if number <= self._durable:
+                    return True
+                with self._lock:
+                    batch, self._pending = self._pending, []
+                try:
+                    if self._broken is not None:
+                        raise self._broken
+                    if self._write(batch):
+                        return True
+                except OSError as error:
+                    self._fail(error, batch)
+                    return False
+            # Not under the lock of writing: others need it to learn that they may make changes the full file waits for.
+            with self._lock, suppress(OSError):  # who writes next takes a broken journal out of use
+                try:
+                    self._wait_clean(number)
+                except StoreError:
+                    # Who lent the data is told of the error and may use its buffer again.
+                    self._pending = [replace(entry, data=bytes(entry.data)) for entry in self._pending]
+                    raise
 
     def ready(self, length: int) -> bool:
         """Whether ``commit`` of so many bytes more would wait for nobody."""
@@ -214,7 +231,8 @@ class Journal:
         finally:
             self._io.release()
 
-    def _write(self, batch: list[JournalEntry]) -> None:
+    def _write(self, batch: list[JournalEntry]) -> bool:
+        """The entries are on stable storage; False when some are pending again because both files are full."""
         done = 0
         while done < len(batch):
             file = self._files[self._active]
@@ -234,18 +252,16 @@ class Journal:
                 file.append(buffers, length)
                 with self._lock:
                     file.keys.update(keys)
-                file.last_number = self._durable = batch[done - 1].number
+                    file.last_number = self._durable = batch[done - 1].number
+                    self._lock.notify_all()
             if done < len(batch):
                 assert done > first or file.end, f"an entry of {len(batch[done])} bytes fits no journal file"
-                try:
-                    self._switch()
-                except StoreError:
-                    # Who lent the data is told of the error and may use its buffer again.
-                    rest = [replace(entry, data=bytes(entry.data)) for entry in batch[done:]]
+                if not self._switch():
                     with self._lock:
-                        self._pending[:0] = rest
-                    raise
+                        self._pending[:0] = batch[done:]
+                    return False
                 self._carry(self._files[self._active])
+        return True
 
     def _carry(self, file: JournalFile) -> None:
         """An empty file begins with what is known of strips: the other one may be emptied."""
@@ -267,16 +283,18 @@ class Journal:
         if buffers:
             file.append(buffers, length)
 
-    def _switch(self) -> None:
-        """The other file is empty and takes over; this one is being emptied."""
+    def _switch(self) -> bool:
+        """The other file takes over and this one is being emptied; False when the other one is not empty yet."""
         with self._lock:
-            self._wait_clean()
+            if self._full is not None:
+                return False
             self._full = self._files[self._active]
             self._active = 1 - self._active
             if self._cleaner is None or not self._cleaner.is_alive():
                 self._cleaner = threading.Thread(target=self._clean, name="sheepdog-journal", daemon=True)
                 self._cleaner.start()
             self._lock.notify_all()
+            return True
 
     def _clean(self) -> None:
         """The thread: empties the full file, then ends."""
@@ -334,17 +352,25 @@ class Journal:
 
         :raises StoreError: a disk did not take it; the journal still has it.
         """
-        with self._io:
-            if not self.commit():
-                return
-            try:
+        while self.commit():
+            with self._io:
                 with self._lock:
+                    waiting = self._full is not None
+                if not waiting:
+                    file = self._files[self._active]
+                    self._flush_store(sorted(file.keys))
+                    try:
+                        file.clear()
+                    except OSError as error:
+                        self._fail(error, ())
+                    return
+            try:
+                with self._lock:  # not under the lock of writing, see ``commit``
                     self._wait_clean()
-                file = self._files[self._active]
-                self._flush_store(sorted(file.keys))
-                file.clear()
             except OSError as error:
-                self._fail(error, ())
+                with self._io:
+                    self._fail(error, ())
+                return
 
     def reset(self) -> None:
         """What was journaled so far is not replayed: the store was emptied."""
@@ -363,9 +389,9 @@ class Journal:
             except OSError as error:
                 self._fail(error, ())
 
-    def _wait_clean(self) -> None:
-        """No file waits to be emptied. Called with the lock, which is given up meanwhile."""
-        while self._full is not None:
+    def _wait_clean(self, number: int | None = None) -> None:
+        """No file waits to be emptied, or that entry is durable. Called with the lock, which is given up meanwhile."""
+        while self._full is not None and (number is None or number > self._durable):
             if self._broken is not None:
                 raise self._broken
             if self._trouble is not None:
@@ -453,7 +479,7 @@ class JournaledStore(StoreWrapper):
                     key, data, offset_bytes=offset_bytes, size_bytes=size_bytes, sparse=sparse, durable=not journaled
                 )
             except BaseException:
-                # What is there is as it was before; the entry must not come true later.
+                # Nothing changed; the entry must not come true later.
                 inner.sync([key])
                 self._leave(key)
                 raise
@@ -495,23 +521,19 @@ class JournaledStore(StoreWrapper):
         Durable as ``sync`` is; no shard comes twice.
         """
         journal = self._journal
-        numbers: list[int] = []
-        redone = []
+        redos = [self._redo(change) for change in changes]
+        for change, redo in zip(changes, redos, strict=True):
+            if not redo:
+                self._before_unjournaled(change.record.key)
+        numbers = journal.add_strips(changes, redos)
         try:
-            for change in changes:
-                redo = self._redo(change)
-                if not redo:
-                    self._before_unjournaled(change.record.key)
-                length = entry_bytes(change.record.size_bytes + change.size_bytes + _META_BYTES)
-                number = journal.add_strip(change, redo=redo) if length <= journal.entry_bytes_max else 0
-                numbers.append(number)
-                redone.append(redo and bool(number))
             try:
                 logged = any(numbers) and journal.commit(max(numbers))
             except StoreError as error:
                 for change in changes:
                     self._give_up(change.record.key)
                 return [error] * len(changes)
+            redone = [redo and bool(number) for redo, number in zip(redos, numbers, strict=True)]
             results = [self._change(change, redo and logged) for change, redo in zip(changes, redone, strict=True)]
             finished = [
                 journal.finish_strip(change.record)
@@ -592,11 +614,6 @@ class JournaledStore(StoreWrapper):
     def sync(self, keys: Iterable[ShardKey]) -> None:
         if not self._journal.commit():
             self.inner.sync(keys)
-
-
-def left_journal(directory: str, name: str = JOURNAL) -> bool:
-    """A former run left a journal in this directory."""
-    return any(os.path.exists(path) for path in file_paths(directory, name))
 
 
 def start_journal(

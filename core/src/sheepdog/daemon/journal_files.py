@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 FILE_MODE = 0o644
 VECTOR_MAX = 1024  # buffers of one writev, IOV_MAX
 ZEROS = bytes(1 << 20)
+AHEAD_BYTES = 1 << 20
 HEADER_PART_BYTES = 572  # of an inode, as much as names its block size
 
 
@@ -38,6 +39,11 @@ STRIPS = "strip_log"  # a journal of erasure-coded strips only
 def file_paths(directory: str, name: str = JOURNAL) -> tuple[str, str]:
     """Where the two files of a journal in this directory are."""
     return os.path.join(directory, f"{name}0"), os.path.join(directory, f"{name}1")
+
+
+def left_journal(directory: str, name: str = JOURNAL) -> bool:
+    """A former run left a journal in this directory."""
+    return any(os.path.exists(path) for path in file_paths(directory, name))
 
 
 @dataclass(slots=True)
@@ -66,6 +72,7 @@ class JournalFile:
         self.size_bytes = size_bytes
         self._synced = synced
         self.end = 0  # of what was written
+        self._allocated = 0  # up to here the blocks were written once
         self.last_number = 0  # of the last entry in it
         self.keys: set[ShardKey] = set()  # shards whose files are not flushed since an entry was written here
         try:
@@ -101,6 +108,10 @@ class JournalFile:
         :raises OSError: they may be there in part.
         """
         at = self.end
+        end = at + length
+        ahead = self._ahead(end)
+        if ahead:
+            buffers = (*buffers, memoryview(ZEROS)[:ahead])
         for first in range(0, len(buffers), VECTOR_MAX):
             part = [memoryview(buffer).cast("B") for buffer in buffers[first : first + VECTOR_MAX] if len(buffer)]
             while part:
@@ -110,8 +121,20 @@ class JournalFile:
                     written -= len(part.pop(0))
                 if written:
                     part[0] = part[0][written:]
-        assert at == self.end + length, f"{at - self.end} bytes of journal instead of {length}"
-        self.end = at
+        assert at == end + ahead, f"{at - self.end} bytes of journal instead of {length}"
+        self.end = end
+        self._allocated = max(self._allocated, at)
+
+    def _ahead(self, end: int) -> int:
+        """How many zeros go with an append up to ``end``.
+
+        Space that is reserved and was never written is marked as such, and the first write to it changes that mark: the
+        flush has to commit the journal of the file system, too, which costs as much again. So what is written for the
+        first time is written with plenty behind it, and most appends change nothing but their own bytes.
+        """
+        if not self._synced or end <= self._allocated:
+            return 0
+        return min(AHEAD_BYTES, self.size_bytes - end)
 
     def clear(self) -> None:
         """The file holds no entry. A crash on the way leaves the last entries of it, which are all applied."""

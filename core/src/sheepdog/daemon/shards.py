@@ -3,7 +3,7 @@
 What the page cache can answer runs inline on the event loop: reads that ``try_read_into`` answers, and writes of up to
 ``INLINE_BYTES_MAX``. Everything else goes to worker threads. A shard that a worker is changing has a *lane*: later
 changes to it wait there in order, so the store sees one mutator per shard. Durable writes are put into the page cache
-at once, and a flush follows; writes that arrive while one is running share the next (group commit).
+at once, and a flush follows, which is shared by all that arrive in time (group commit, ``gathering``).
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
 
-from sheepdog.contracts.services import Executor
+from sheepdog.contracts.services import Clock, Executor
 from sheepdog.contracts.store import Buffer, ObjectStore, ShardKey
+from sheepdog.daemon.gathering import Gathering
 from sheepdog.daemon.journal import JournaledStore
 from sheepdog.daemon.outbox import Outbox
+from sheepdog.daemon.spawner import AsyncFunction
 from sheepdog.daemon.strip_memory import StripChange
 from sheepdog.errors import ShardCorrupt, SheepdogError, StoreDeviceError, StoreError
 from sheepdog.model.ids import is_data
@@ -46,6 +48,8 @@ class Shards:
         store: ObjectStore,
         executor: Executor,
         outbox: Outbox,
+        clock: Clock,
+        spawn: Callable[[AsyncFunction], None],
         *,
         durable: bool,
         direct: bool = False,
@@ -64,12 +68,12 @@ class Shards:
         self._device_failed = device_failed
         self._lanes: dict[ShardKey, deque[Callable[[], None]]] = {}
         self._commit: dict[ShardKey, list[Done]] = {}
-        self._committing = False
-        self._commit_deferred = False
+        self._commits = Gathering(self._start_commit, outbox, clock, spawn)
         self._strips: deque[tuple[StripChange, Done]] = deque()
         self._large_strips: deque[tuple[StripChange, Done]] = deque()
         self._large_bytes = 0  # that are being written
-        self._strips_deferred = self._strips_running = False
+        self._strips_deferred = False  # a look at the large ones
+        self._small_strips = Gathering(self._start_small_strips, outbox, clock, spawn)
         # Recovery sets these: shards that must not be used yet, what it has to know, what is flushed before the data.
         self.gate: Callable[[ShardKey], bool] | None = None
         self.removed: Callable[[ShardKey], None] = _ignore
@@ -270,17 +274,20 @@ class Shards:
 
     def _add_strip(self, change: StripChange, done: Done) -> None:
         """``change`` has its shard's lane."""
-        (self._strips if change.size_bytes <= INLINE_BYTES_MAX else self._large_strips).append((change, done))
-        self._start_strips_soon()
+        if change.size_bytes <= INLINE_BYTES_MAX:
+            self._strips.append((change, done))
+            self._small_strips.add()
+        else:
+            self._large_strips.append((change, done))
+            self._start_large_strips_soon()
 
-    def _start_strips_soon(self) -> None:
+    def _start_large_strips_soon(self) -> None:
         if not self._strips_deferred:
-            # At the end of the pass, so that everything one receive brought is one append to the journal.
             self._strips_deferred = True
-            self._outbox.defer(self._start_strips)
+            self._outbox.defer(self._start_large_strips)
 
-    def _start_strips(self) -> None:
-        """Small changes go together, one batch at a time; large ones each on a thread of its own."""
+    def _start_large_strips(self) -> None:
+        """Each on a thread of its own."""
         self._strips_deferred = False
         while self._large_strips:
             size = self._large_strips[0][0].size_bytes
@@ -288,34 +295,31 @@ class Shards:
                 break
             self._large_bytes += size
             self._submit_strips([self._large_strips.popleft()])
-        while self._strips and not self._strips_running:
-            batch: list[tuple[StripChange, Done]] = []
-            size = 0
-            while self._strips and size <= SMALL_BYTES_MAX and len(batch) < SMALL_COUNT_MAX:
-                batch.append(self._strips.popleft())
-                size += batch[-1][0].size_bytes
-            store = self.store
-            assert isinstance(store, JournaledStore), "the store in use changes to one of the same kind"
-            changes = [change for change, _ in batch]
-            if store.ready_for(changes):
-                self._strips_written(batch, None, store.write_strips(changes))
-            else:
-                self._strips_running = True
-                self._submit_strips(batch)
+
+    def _start_small_strips(self) -> int:
+        """They go together, one batch at a time."""
+        batch: list[tuple[StripChange, Done]] = []
+        size = 0
+        while self._strips and size <= SMALL_BYTES_MAX and len(batch) < SMALL_COUNT_MAX:
+            batch.append(self._strips.popleft())
+            size += batch[-1][0].size_bytes
+        store = self.store
+        assert isinstance(store, JournaledStore), "the store in use changes to one of the same kind"
+        changes = [change for change, _ in batch]
+        if store.ready_for(changes):
+            results = store.write_strips(changes)
+            # At the end of the pass: the caller counts these as under way now.
+            self._outbox.defer(lambda: self._strips_written(batch, None, results))
+        else:
+            self._submit_strips(batch)
+        return len(batch)
 
     def _submit_strips(self, batch: list[tuple[StripChange, Done]]) -> None:
         store = self.store
         assert isinstance(store, JournaledStore), "the store in use changes to one of the same kind"
         changes = [change for change, _ in batch]
 
-        def finished(error: Exception | None, results: Any) -> None:  # Any: what write_strips returns
-            if changes[0].size_bytes > INLINE_BYTES_MAX:
-                self._large_bytes -= changes[0].size_bytes
-            else:
-                self._strips_running = False
-            self._strips_written(batch, error, results)
-
-        self._executor.submit(partial(self._write_strips, store, changes), finished)
+        self._executor.submit(partial(self._write_strips, store, changes), partial(self._strips_written, batch))
 
     def _write_strips(self, store: JournaledStore, changes: list[StripChange]) -> list[StoreError | None]:
         if self.durable:
@@ -324,12 +328,16 @@ class Shards:
 
     def _strips_written(self, batch: list[tuple[StripChange, Done]], error: Exception | None, results: Any) -> None:
         with self._outbox:
+            size = batch[0][0].size_bytes
+            if size <= INLINE_BYTES_MAX:
+                self._small_strips.ended()
+            else:
+                self._large_bytes -= size
+                self._start_large_strips_soon()
             for position, (change, done) in enumerate(batch):
                 failure = error or results[position]
                 self._leave_lane(change.record.key)
                 done(self._failed(failure) if failure else 0, None)
-            if self._strips or self._large_strips:
-                self._start_strips_soon()
 
     def _submit(self, work: _Work, done: Done) -> None:
         def finished(error: Exception | None, value: Any) -> None:  # Any: whatever the work returns
@@ -340,17 +348,10 @@ class Shards:
 
     def _add_to_commit(self, key: ShardKey, done: Done) -> None:
         self._commit.setdefault(key, []).append(done)
-        if not self._committing and not self._commit_deferred:
-            # At the end of the pass, so that everything one receive brought shares the flush.
-            self._commit_deferred = True
-            self._outbox.defer(self._start_commit)
+        self._commits.add()
 
-    def _start_commit(self) -> None:
-        self._commit_deferred = False
-        if self._committing or not self._commit:
-            return
+    def _start_commit(self) -> int:
         batch, self._commit = self._commit, {}
-        self._committing = True
         keys = tuple(batch)
         store, before_flush = self.store, self.before_flush
         # A few threads: their flushes of different files ride on the same commit of the file system.
@@ -362,9 +363,7 @@ class Shards:
                 results.append(0 if error is None else self._failed(error))
                 if len(results) < count:
                     return
-                self._committing = False
-                if self._commit:
-                    self._start_commit()
+                self._commits.ended()
                 result = next((result for result in results if result), 0)
                 for waiting in batch.values():
                     for done in waiting:
@@ -386,6 +385,7 @@ class Shards:
             self._executor.submit(flush, finished)
         else:
             self._executor.submit(before_flush, prepared)
+        return sum(map(len, batch.values()))
 
     def _failed(self, error: Exception) -> int:
         if isinstance(error, StoreDeviceError):

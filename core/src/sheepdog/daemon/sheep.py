@@ -125,7 +125,7 @@ class Sheep:
         shards: Shards | None = None
         if parts.store is not None:
             shards = Shards(
-                parts.store, services.executor, self.outbox,
+                parts.store, services.executor, self.outbox, clock, self.spawn,
                 durable=not config.nosync or config.journal is not None,
                 direct=config.directio,
                 device_failed=self.backend.device_failed,

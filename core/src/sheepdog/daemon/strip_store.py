@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from sheepdog.contracts.store import REPLICA, Buffer, ObjectStore, ShardKey
 from sheepdog.daemon import journal_files
-from sheepdog.daemon.journal import DEFAULT_SHIFT, Journal, JournaledStore, left_journal
-from sheepdog.daemon.journal_files import STRIPS, Left, file_paths
+from sheepdog.daemon.journal import DEFAULT_SHIFT, Journal, JournaledStore
+from sheepdog.daemon.journal_files import STRIPS, Left, file_paths, left_journal
 from sheepdog.daemon.store_wrapper import StoreWrapper
 from sheepdog.daemon.strip_memory import StripChange, StripMemory
 from sheepdog.errors import ConfigError, StoreError

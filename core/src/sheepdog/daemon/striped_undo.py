@@ -304,7 +304,8 @@ class StripUndo:
         return self._state.epoch
 
     def members(self) -> list[NodeId]:
-        return [node.id for node in self._state.ring.storage]
+        """Whoever may have a record: also a member whose disk is so small by now that it holds nothing."""
+        return [node.id for node in self._state.ring.with_disks]
 
     def ask(self, node: NodeId, oid: int, number: int, done: Callable[[int, StripState | None], None]) -> None:
         """What ``node`` has of the object."""
