@@ -11,9 +11,9 @@ Four sheep on one disk, three copies of everything, a volume filled with random 
 Bytes are those of the objects that appeared on the disks. Recovery is switched off while the membership changes; the
 time runs from switching it on until every sheep says that nothing is left to recover.
 
-Before each measurement of a rate as much memory is touched and given back as it will fill. The host of a virtual machine
-may have taken free memory back, and provides it again page by page when it is next used: new pages of the page cache
-then cost eight times as much as otherwise on the machine of the CI, which says nothing about whoever fills them. ::
+Before each measurement of a rate as much memory is touched and given back as it will fill. The host of a virtual
+machine may have taken free memory back, and provides it again page by page when it is next used: new pages of the page
+cache then cost eight times as much as otherwise on the machine of the CI, whoever fills them. ::
 
     python benchmarks/recovery.py --size 1024
 """

@@ -69,7 +69,7 @@ class Plane:
             self.state, self.dispatcher, self.gateway, self.primary, self.gateway.changes, shards, self.unsettled,
             self.stats, self.outbox, self.fences,
         )  # fmt: skip
-        self.operations.recovery = self.recovery
+        self.operations.recover_by(self.recovery)
         self.settler = Settler(self.state, self.unsettled, self.primary, self.placer, self.peers, self.outbox)
         self.objects = ObjectAccess(self.gateway, self.outbox)
         self.listener = None

@@ -17,6 +17,7 @@ from sheepdog.daemon.coherence import Coherence
 from sheepdog.daemon.dispatch import Dispatcher
 from sheepdog.daemon.fencing import Fences
 from sheepdog.daemon.gateway import Gateway
+from sheepdog.daemon.held_writes import HeldWrites
 from sheepdog.daemon.outbox import Outbox
 from sheepdog.daemon.primary import Primary
 from sheepdog.daemon.references import is_map_write
@@ -81,6 +82,7 @@ class ObjectOperations:
         self._stats = stats
         self._outbox = outbox
         self.recovery: Recovery | None = None
+        self._held: HeldWrites | None = None
         self.coherence: Coherence | None = None
         self._early: deque[tuple[ClientConnection, Request, _Serve]] = deque()
         state.observe(self._epoch_changed)
@@ -111,6 +113,12 @@ class ObjectOperations:
         path(LOW_WATER, self._low_water, force=True)  # also from a sheep that serves already, to one that does not yet
         path(RECOVERY_POINT, self._recovery_point)
         path(FENCE_MARK, self._fence_mark, force=True)
+
+    def recover_by(self, recovery: Recovery) -> None:
+        """What is missing here is brought by ``recovery``."""
+        self.recovery = recovery
+        if self._shards is not None:
+            self._held = HeldWrites(self._state, self._shards, recovery)
 
     # ---- clients
 
@@ -343,14 +351,8 @@ class ObjectOperations:
         if request.opcode == STRIP_WRITE:
             pieces = unpack_pieces(request.body)
         elif key.index == REPLICA:
-            recovery = self.recovery
-
-            def written(result: int, data: Any) -> None:  # Any: changes carry no data
-                if result == Result.NO_OBJ and recovery is not None and recovery.has_no_room(key):
-                    result = Result.NO_SPACE  # the client is told, instead of waiting for a copy that cannot be made
-                answer(result, data)
-
-            shards.write(key, request.offset, request.body, written)
+            assert self._held is not None, "a sheep with a store has recovery"
+            self._held.write(key, connection, request, answer)
             return
         if pieces is None or key.index == REPLICA:
             answer(Result.INVALID_PARMS, None)

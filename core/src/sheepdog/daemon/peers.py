@@ -42,14 +42,14 @@ class PeerLink:
     """The connection to one node."""
 
     __slots__ = (
-        "_channel", "_connecting", "_failed_at", "_forgotten", "_held", "_next_id", "_output", "_pending", "_pool",
-        "_ready", "decoder", "node",
+        "_channel", "_connecting", "_failed_at", "_forgotten", "_held", "_into", "_next_id", "_output", "_pending",
+        "_pool", "_ready", "decoder", "node",
     )  # fmt: skip
 
     def __init__(self, pool: PeerPool, node: NodeId) -> None:
         self.node = node
         self._pool = pool
-        self.decoder = response_decoder(larger=pool.object_bytes_max)
+        self.decoder = response_decoder(larger=pool.object_bytes_max, place=self._place)
         self._channel: Channel | None = None
         self._connecting = False
         self._forgotten = False
@@ -59,6 +59,7 @@ class PeerLink:
         self._held: list[tuple[int, bytes, Buffer | None, Callable[[], bool] | None]] = []  # until then
         self._output: list[Buffer] = []
         self._pending: dict[int, tuple[Answer, float]] = {}
+        self._into: dict[int, memoryview] = {}  # where the body of an answer goes
 
     # ---- requests
 
@@ -80,14 +81,18 @@ class PeerLink:
         body: Buffer | None = None,
         tail: int = 0,
         wanted: Callable[[], bool] | None = None,
+        into: memoryview | None = None,
     ) -> None:
         """Sends an object request. With ``body`` it is a write; otherwise ``length`` bytes of answer are expected.
 
+        :param into: of ``length`` bytes; a large answer is received there, and is a part of it then.
         :param wanted: if the request has to wait for a connection, whether it is still to be sent then.
         """
         id_ = self._begin(done)
         if id_ is None:
             return
+        if into is not None:
+            self._into[id_] = into
         if body is None:
             header = REQUEST.pack(
                 SHEEP_PROTO_VER, opcode, flags, epoch, id_, length,
@@ -166,7 +171,7 @@ class PeerLink:
 
     def _opened(self, channel: Channel) -> PeerLink:
         self._channel = channel
-        self.decoder = response_decoder(larger=self._pool.object_bytes_max)
+        self.decoder = response_decoder(larger=self._pool.object_bytes_max, place=self._place)
         if self._forgotten:
             channel.abort()
         elif self._pool.hello is not None:
@@ -188,6 +193,9 @@ class PeerLink:
 
     # ---- receiver
 
+    def _place(self, response: Response) -> memoryview | None:
+        return self._into.get(response.id)
+
     def get_buffer(self, size_hint: int) -> memoryview:
         return self.decoder.get_buffer()
 
@@ -202,6 +210,8 @@ class PeerLink:
         with self._pool.outbox:
             for response in responses:
                 entry = pending.pop(response.id, None)
+                if self._into:
+                    self._into.pop(response.id, None)
                 if entry is not None:
                     entry[0](response)
                 elif not self._ready:
@@ -217,6 +227,7 @@ class PeerLink:
 
     def _lost(self, response: Response) -> None:
         pending, self._pending = self._pending, {}
+        self._into = {}
         self._output = []
         self._held = []
         with self._pool.outbox:

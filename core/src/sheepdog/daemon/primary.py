@@ -248,8 +248,13 @@ class Primary:
         alone = len(data) > INLINE_BYTES_MAX or self.shards.busy(ShardKey(oid, REPLICA))
         self.enter(oid, alone, lambda finish: self.write_now(oid, offset, data, placement, finish), done)
 
-    def write_now(self, oid: int, offset: int, data: Buffer, placement: Placement, done: Done) -> None:
-        """As ``write``, for a caller that is in the lane already."""
+    def write_now(
+        self, oid: int, offset: int, data: Buffer, placement: Placement, done: Done, *, fetched: bool = False
+    ) -> None:
+        """As ``write``, for a caller that is in the lane already.
+
+        :param fetched: a copy that was missing here has been brought.
+        """
         refused = self.refusal(oid, placement)
         if refused:
             done(refused)
@@ -271,7 +276,21 @@ class Primary:
         self.shards.write(key, offset, data, local)
         sending = True
         if answered_early and answered_early[0]:
-            self._local_write_failed(answered_early[0], fan, oid)
+            result = answered_early[0]
+            if result != Result.NO_OBJ or self.recovery is None or fetched:
+                fan.unsent(result)
+                return
+
+            def again(outcome: int) -> None:
+                if outcome:
+                    fan.unsent(outcome)
+                else:
+                    self.unsettled.end(fan.sequence, complete=True)
+                    self.write_now(oid, offset, data, placement, done, fetched=True)
+
+            # What comes later waits: its client may have sent it after this one's client gave up.
+            self._lanes[oid].alone = True
+            self.recovery.fetch(oid, REPLICA, again)
             return
         for link in others:
             link.object_request(
@@ -280,13 +299,6 @@ class Primary:
             )  # fmt: skip
         if answered_early:
             fan.one(self.ended_at(epoch, 0))
-
-    def _local_write_failed(self, result: int, fan: FanOut, oid: int) -> None:
-        if result == Result.NO_OBJ and self.recovery is not None:
-            # Once it is here the gateway's retry succeeds.
-            self.recovery.fetch(oid, REPLICA, lambda outcome: fan.unsent(outcome or Result.NETWORK_ERROR))
-        else:
-            fan.unsent(result)
 
     def create(self, oid: int, offset: int, data: Buffer, placement: Placement, done: Done) -> None:
         """The object exists at every holder, zeros but for ``data``; an older one is replaced."""

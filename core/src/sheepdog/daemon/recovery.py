@@ -113,7 +113,7 @@ class Recovery:
         self.requests: Callable[[], int] = int  # of clients and other sheep, so far
         self.pace = Pace(clock, lambda: self.requests() - answers.served)
         self.throttle, self.set_throttle = self.pace.throttle, self.pace.set_throttle
-        self.finder = Finder(state, peers, executor, outbox, reader, lambda: self._progress.lossy, self.pace.breath)
+        self.finder = Finder(state, peers, executor, outbox, reader, lambda: self._progress.lossy, self.pace)
         self.wanted_objects = Wanted(state, outbox)
         self._lister = Lister(state, peers, placer, self.finder)
         self.mender: Mender | None = None
@@ -351,9 +351,11 @@ class Recovery:
         """The shard belongs here and is missing for want of space: to bring it again would fail again."""
         return key in self._no_room
 
-    def fetch(self, oid: int, index: int, done: Fetched) -> None:
+    def fetch(self, oid: int, index: int, done: Fetched, *, urgent: bool = True) -> None:
         """The shard is here, brought from wherever it exists; ``done(result)``, NO_OBJ when nobody has it."""
         key = ShardKey(oid, index)
+        if urgent:
+            self.pace.hurry(oid)
         waiting = self._fetching.get(key)
         if waiting is not None:
             waiting.append(done)
@@ -361,9 +363,9 @@ class Recovery:
         self._fetching[key] = [done]
         self._spawn(self._fetch_task, key)
 
-    async def fetched(self, oid: int, index: int) -> int:
+    async def fetched(self, oid: int, index: int, *, urgent: bool = True) -> int:
         """As ``fetch``, awaited."""
-        return await result_of(self._outbox, lambda done: self.fetch(oid, index, done))
+        return await result_of(self._outbox, lambda done: self.fetch(oid, index, done, urgent=urgent))
 
     def must_mend(self, oid: int) -> bool:
         """Whether strips of the object may be missing or out of step, so that it is to be mended before a change."""
@@ -428,6 +430,7 @@ class Recovery:
             result = error.result
         finally:
             with self._outbox:
+                self.pace.calm(key.oid)
                 self._no_room.pop(key, None)
                 if result == Result.NO_SPACE:
                     self._no_room[key] = None
@@ -440,6 +443,8 @@ class Recovery:
                         self._wake.set()
                 for done in self._fetching.pop(key, ()):
                     done(result)
+                if not self._fetching:
+                    self.finder.rest()
 
     async def _fetch(self, key: ShardKey) -> int:
         store = self._store()
@@ -471,7 +476,9 @@ class Recovery:
         # No await from this look to the lane of the shard: a removal that comes later waits there.
         if self.removed_here(oid):
             return Result.NO_OBJ
-        return await self.store_shard(key, content, max(placement.object_bytes, len(content)))
+        result = await self.store_shard(key, content, max(placement.object_bytes, len(content)))
+        self.finder.done_with(content)
+        return result
 
     def _not_found(self, key: ShardKey, found: Found) -> int:
         if not found.doubtful:
@@ -644,7 +651,7 @@ class Recovery:
                 if self._halted():
                     return
                 if key in self._todo:
-                    await self.fetched(key.oid, key.index)
+                    await self.fetched(key.oid, key.index, urgent=False)
 
         async with anyio.create_task_group() as tasks:
             for _ in range(self._parallel):

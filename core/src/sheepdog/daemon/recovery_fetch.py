@@ -30,8 +30,16 @@ from sheepdog.contracts.store import REPLICA, Buffer, ObjectStore, ShardKey
 from sheepdog.daemon.outbox import Outbox
 from sheepdog.daemon.peers import PeerPool
 from sheepdog.daemon.placement import Placement
+from sheepdog.daemon.recovery_pace import Pace
 from sheepdog.daemon.state import SheepState
-from sheepdog.errors import ObjectNotFound, RequestError, ShardCorrupt, StoreBusy, TransportError
+from sheepdog.errors import (
+    ObjectNotFound,
+    RequestError,
+    ShardCorrupt,
+    SheepdogError,
+    StoreBusy,
+    TransportError,
+)
 from sheepdog.model.node import NodeId
 from sheepdog.model.ring import Ring
 from sheepdog.wire.header import Request, Response
@@ -41,6 +49,7 @@ from sheepdog.wire.results import Result
 logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 512 << 10  # small answers of the same connection do not wait behind a whole object; fits a core's cache
+SPARE_MAX = 8  # buffers of whole objects, while recovery is under way
 LIVE = 0xFFFFFFFF  # in place of the epoch of a set-aside version
 VERSION = Struct("<4xIII")  # variant of an answer: epoch of the version (0: none), Progress.lossy, epoch of a removal
 RINGS_MAX = 4096
@@ -179,19 +188,17 @@ class Finder:
         outbox: Outbox,
         reader: VersionReader | None,
         lossy: Callable[[], int],
-        breath: Callable[[], Awaitable[None]],
+        pace: Pace,
     ) -> None:
-        """
-        :param lossy: up to this epoch the local store may lack what it once had.
-        :param breath: awaited before each piece of an object.
-        """
+        """:param lossy: up to this epoch the local store may lack what it once had."""
         self._state = state
         self._peers = peers
         self._executor = executor
         self._outbox = outbox
         self._reader = reader
         self._lossy = lossy
-        self._breath = breath
+        self._pace = pace
+        self._spare: list[bytearray] = []  # of objects that are stored: new memory is slower than what was used before
         self.corrupt: Callable[[ShardCorrupt], None] = _ignore  # told of corrupt shards of our own
         self.ring_of: RingOf = _no_ring
         self._rings: dict[int, Ring | None] = {}
@@ -331,24 +338,87 @@ class Finder:
             return await self._ask_own(key, older, length)
         if length <= PIECE_BYTES:
             return await self._ask_piece(node, key, placement, older, 0, length)
-        whole = memoryview(b"")  # of the right size as soon as there is something
-        filled = 0
+        return await self._ask_pieces(node, key, placement, older, length)
+
+    async def _ask_pieces(self, node: NodeId, key: ShardKey, placement: Placement, older: int, length: int) -> _Answer:
+        """As ``ask``, for a large object: all pieces are received into one buffer, the first of them alone.
+
+        :raises TransportError: the object was cut off or lost meanwhile, besides what ``ask`` says.
+        """
         epoch = self._state.epoch
-        while True:
-            await self._breath()
-            self._still(epoch)
-            answer = await self._ask_piece(node, key, placement, older, filled, min(PIECE_BYTES, length - filled))
-            if answer.content is None:
-                if filled and not answer.corrupt:
-                    raise TransportError(f"node {node.text} lost oid={key.oid:016x} while it was read")
-                return answer
-            count = len(answer.content)
-            whole = whole if filled else memoryview(bytearray(length))
-            whole[filled : filled + count] = answer.content
-            filled += count
-            if not count or filled >= length:
-                answer.content = whole[:filled]
-                return answer
+        whole = memoryview(self._room(length))
+        first = await self._ask_into(node, key, placement, older, 0, whole, epoch)
+        if first.content is None:
+            self.done_with(whole)
+            return first
+        filled = len(first.content)
+        rest = iter(range(PIECE_BYTES, length, PIECE_BYTES) if filled == PIECE_BYTES else ())
+        counts: dict[int, int] = {}
+        trouble: list[SheepdogError] = []
+        corrupt: list[_Answer] = []
+
+        async def fetch() -> None:
+            for offset in rest:
+                try:
+                    answer = await self._ask_into(node, key, placement, older, offset, whole, epoch)
+                    if answer.corrupt:
+                        corrupt.append(answer)
+                        return
+                    if answer.content is None or answer.version != first.version:
+                        raise TransportError(f"node {node.text} moved oid={key.oid:016x} while it was read")
+                except SheepdogError as error:
+                    trouble.append(error)
+                    return
+                counts[offset] = len(answer.content)
+                if trouble or corrupt or len(answer.content) < PIECE_BYTES:
+                    return
+
+        ahead = self._pace.ahead(key.oid)
+        if ahead == 1:
+            await fetch()
+        else:
+            async with anyio.create_task_group() as tasks:
+                for _ in range(ahead):
+                    tasks.start_soon(fetch)
+        if corrupt:
+            self.done_with(whole)
+            return corrupt[0]
+        if trouble:
+            raise trouble[0]
+        while filled in counts:
+            filled += counts.pop(filled)
+        if any(counts.values()):
+            raise TransportError(f"oid={key.oid:016x} grew while it was read from node {node.text}")
+        first.content = whole[:filled]
+        return first
+
+    async def _ask_into(
+        self, node: NodeId, key: ShardKey, placement: Placement, older: int, offset: int, whole: memoryview, epoch: int
+    ) -> _Answer:
+        """One piece, which is in its place then."""
+        await self._pace.breath(key.oid)
+        self._still(epoch)
+        view = whole[offset : offset + PIECE_BYTES]
+        answer = await self._ask_piece(node, key, placement, older, offset, len(view), into=view)
+        content = answer.content
+        if content is not None and not (isinstance(content, memoryview) and content.obj is whole.obj):
+            view[: len(content)] = content
+        return answer
+
+    def _room(self, length: int) -> bytearray:
+        for position, buffer in enumerate(self._spare):
+            if len(buffer) == length:
+                return self._spare.pop(position)
+        return bytearray(length)
+
+    def done_with(self, content: Buffer) -> None:
+        """What was found is stored, or not wanted: nobody reads it or fills it any more."""
+        if isinstance(content, memoryview) and isinstance(content.obj, bytearray) and len(self._spare) < SPARE_MAX:
+            self._spare.append(content.obj)
+
+    def rest(self) -> None:
+        """Nothing more is to be fetched for now."""
+        self._spare = []
 
     def _still(self, epoch: int) -> None:
         """Nobody left since: who did, and lives, lets requests of later epochs wait for an epoch that it never sees.
@@ -374,10 +444,18 @@ class Finder:
             return _Answer(None, LIVE, self._lossy(), corrupt=True)
 
     async def _ask_piece(
-        self, node: NodeId, key: ShardKey, placement: Placement, older: int, offset: int, length: int
+        self,
+        node: NodeId,
+        key: ShardKey,
+        placement: Placement,
+        older: int,
+        offset: int,
+        length: int,
+        *,
+        into: memoryview | None = None,
     ) -> _Answer:
         response = await self.request(
-            node, Op.READ_PEER, key.oid, flags=Flag.RECOVERY, tgt_epoch=older, offset=offset, length=length,
+            node, Op.READ_PEER, key.oid, flags=Flag.RECOVERY, tgt_epoch=older, offset=offset, length=length, into=into,
             ec_index=max(key.index, 0), copy_policy=placement.policy if key.index != REPLICA else 0,
         )  # fmt: skip
         version, lossy, removed = VERSION.unpack_from(response.variant.ljust(VERSION.size, b"\0"))

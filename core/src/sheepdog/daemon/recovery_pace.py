@@ -1,8 +1,9 @@
 """How fast recovery goes: the operator's throttle, and consideration for clients.
 
-A sheep that has nothing else to do recovers as fast as it can. While requests of clients come in, its own or those that
-other sheep pass on, it fetches one piece at a time and takes a breath between them: a small request waits for the
-pieces that are under way, on the connection and for a core, so there must be few of them.
+A sheep that has nothing else to do recovers as fast as it can, with several pieces of an object under way. While
+requests of clients come in, its own or those that other sheep pass on, it fetches one piece at a time and takes a
+breath between them: a small request waits for the pieces that are under way, on the connection and for a core, so there
+must be few of them. An object that a request waits for is *urgent*: it takes no breath, and the others stand back.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import anyio
 from sheepdog.contracts.services import Clock
 
 LOOK_S = 0.5  # a wait is at most so long before it is looked whether recovery was replaced
+AHEAD = 3  # pieces of one object under way while nobody else wants anything
 BUSY_S = 0.1  # so long after a client's last request the sheep counts as busy
+STAND_BACK_S = 0.1  # at most, for an urgent object whose holders are slow
 BREATH_S = 0.004  # from one piece to the next; half a megabyte costs two processes 1 ms in all on the machine of the CI
 
 
@@ -34,6 +37,8 @@ class Pace:
         self._window_began = 0.0
         self._started = 0
         self._next_piece = 0.0
+        self._urgent: set[int] = set()
+        self._calm = anyio.Event()
 
     def throttle(self) -> tuple[int, int, bool]:
         """(objects, milliseconds, on)."""
@@ -69,8 +74,28 @@ class Pace:
             self._seen, self._seen_at = requests, now
         return now - self._seen_at < BUSY_S
 
-    async def breath(self) -> None:
-        """The next piece may be fetched."""
+    def hurry(self, oid: int) -> None:
+        """A request waits for the object, until ``calm``."""
+        self._urgent.add(oid)
+
+    def calm(self, oid: int) -> None:
+        """The object is here, or will not be."""
+        self._urgent.discard(oid)
+        if not self._urgent:
+            self._calm.set()
+
+    def ahead(self, oid: int) -> int:
+        """How many pieces of the object may be under way at a time."""
+        return AHEAD if oid in self._urgent or not self.busy() else 1
+
+    async def breath(self, oid: int) -> None:
+        """The next piece of the object may be fetched."""
+        if oid in self._urgent:
+            return
+        if self._urgent:
+            self._calm = anyio.Event()
+            with anyio.move_on_after(STAND_BACK_S):
+                await self._calm.wait()
         if self.busy():
             now = self._clock.monotonic()
             begins = max(now, self._next_piece)

@@ -158,7 +158,7 @@ class Sheep:
             self.state, self.dispatcher, self.gateway, self.primary, self.changes, shards, self.unsettled,
             self.stats, self.outbox, self.fences,
         )  # fmt: skip
-        self.operations.recovery = self.recovery
+        self.operations.recover_by(self.recovery)
         self.settler = Settler(
             self.state, self.unsettled, self.primary, self.placer, self.peers, self.outbox,
             lambda: (connection.applied for connection in self.server.connections),

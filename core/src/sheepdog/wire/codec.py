@@ -12,7 +12,7 @@ one connection is the receive buffer plus one body. Whoever may have to do with 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 from sheepdog.errors import ProtocolError
 from sheepdog.wire.header import (
@@ -33,6 +33,8 @@ BODY_BYTES_MAX = 64 * MiB
 
 F = TypeVar("F", Request, Response)
 
+Place: TypeAlias = Callable[[F], memoryview | None]  # where the body of a frame goes; None: into a new buffer
+
 
 class Decoder(Generic[F]):
     """Turns a byte stream into frames.
@@ -50,6 +52,7 @@ class Decoder(Generic[F]):
         "_frame",
         "_has_body",
         "_larger",
+        "_place",
         "_start",
         "_unpack",
         "_view",
@@ -62,11 +65,13 @@ class Decoder(Generic[F]):
         has_body: Callable[[F], bool],
         body_bytes_max: int,
         larger: Callable[[], int] | None,
+        place: Place[F] | None = None,
     ) -> None:
         self._unpack: Callable[[memoryview, int], F] = unpack
         self._has_body: Callable[[F], bool] = has_body
         self.body_bytes_max = body_bytes_max
         self._larger = larger
+        self._place: Place[F] | None = place
         self._buffer = bytearray(RECEIVE_BYTES)
         self._view = memoryview(self._buffer)
         self._start = 0  # unread bytes are buffer[start:end]
@@ -117,12 +122,18 @@ class Decoder(Generic[F]):
                 frames.append(frame)
                 continue
             if length >= DIRECT_BYTES_MIN:
-                body = bytearray(length)
+                given = self._place(frame) if self._place is not None else None
+                if given is None:
+                    frame.body = bytearray(length)
+                    body = memoryview(frame.body)
+                else:
+                    frame.body = body = given[:length]  # shorter than announced: the rest cannot be placed
+                    if len(body) < length:
+                        raise ProtocolError(f"a body of {length} bytes is announced, {len(body)} were asked for")
                 here = end - body_start
                 body[:here] = view[body_start:end]
-                frame.body = body
                 self._frame = frame
-                self._body = memoryview(body)
+                self._body = body
                 self._body_filled = here
                 start = end
             break
@@ -157,7 +168,13 @@ def request_decoder(
 
 
 def response_decoder(
-    body_bytes_max: int = BODY_BYTES_MAX, *, larger: Callable[[], int] | None = None
+    body_bytes_max: int = BODY_BYTES_MAX,
+    *,
+    larger: Callable[[], int] | None = None,
+    place: Place[Response] | None = None,
 ) -> Decoder[Response]:
-    """For the client side of a connection; ``larger`` as in ``request_decoder``."""
-    return Decoder(unpack_response, _response_has_body, body_bytes_max, larger)
+    """For the client side of a connection; ``larger`` as in ``request_decoder``.
+
+    :param place: where a large body is received to; a small one is never asked about.
+    """
+    return Decoder(unpack_response, _response_has_body, body_bytes_max, larger, place)
