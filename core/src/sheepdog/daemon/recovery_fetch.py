@@ -30,7 +30,7 @@ from sheepdog.contracts.store import REPLICA, Buffer, ObjectStore, ShardKey
 from sheepdog.daemon.outbox import Outbox
 from sheepdog.daemon.peers import PeerPool
 from sheepdog.daemon.placement import Placement
-from sheepdog.daemon.recovery_pace import Pace
+from sheepdog.daemon.recovery_pace import PIECE_BYTES_MIN, Pace
 from sheepdog.daemon.state import SheepState
 from sheepdog.errors import (
     ObjectNotFound,
@@ -48,7 +48,6 @@ from sheepdog.wire.results import Result
 
 logger = logging.getLogger(__name__)
 
-PIECE_BYTES = 512 << 10  # small answers of the same connection do not wait behind a whole object; fits a core's cache
 SPARE_MAX = 8  # buffers of whole objects, while recovery is under way
 LIVE = 0xFFFFFFFF  # in place of the epoch of a set-aside version
 VERSION = Struct("<4xIII")  # variant of an answer: epoch of the version (0: none), Progress.lossy, epoch of a removal
@@ -336,7 +335,7 @@ class Finder:
                 length = placement.scheme.shard_bytes(length)
         if node == self._state.me.id:
             return await self._ask_own(key, older, length)
-        if length <= PIECE_BYTES:
+        if length <= PIECE_BYTES_MIN:
             return await self._ask_piece(node, key, placement, older, 0, length)
         return await self._ask_pieces(node, key, placement, older, length)
 
@@ -346,13 +345,14 @@ class Finder:
         :raises TransportError: the object was cut off or lost meanwhile, besides what ``ask`` says.
         """
         epoch = self._state.epoch
+        piece = self._pace.piece_bytes(key.oid)
         whole = memoryview(self._room(length))
-        first = await self._ask_into(node, key, placement, older, 0, whole, epoch)
+        first = await self._ask_into(node, key, placement, older, 0, whole[:piece], epoch)
         if first.content is None:
             self.done_with(whole)
             return first
         filled = len(first.content)
-        rest = iter(range(PIECE_BYTES, length, PIECE_BYTES) if filled == PIECE_BYTES else ())
+        rest = iter(range(piece, length, piece) if filled == piece else ())
         counts: dict[int, int] = {}
         trouble: list[SheepdogError] = []
         corrupt: list[_Answer] = []
@@ -360,7 +360,8 @@ class Finder:
         async def fetch() -> None:
             for offset in rest:
                 try:
-                    answer = await self._ask_into(node, key, placement, older, offset, whole, epoch)
+                    view = whole[offset : offset + piece]
+                    answer = await self._ask_into(node, key, placement, older, offset, view, epoch)
                     if answer.corrupt:
                         corrupt.append(answer)
                         return
@@ -370,7 +371,7 @@ class Finder:
                     trouble.append(error)
                     return
                 counts[offset] = len(answer.content)
-                if trouble or corrupt or len(answer.content) < PIECE_BYTES:
+                if trouble or corrupt or len(answer.content) < piece:
                     return
 
         ahead = self._pace.ahead(key.oid)
@@ -393,15 +394,14 @@ class Finder:
         return first
 
     async def _ask_into(
-        self, node: NodeId, key: ShardKey, placement: Placement, older: int, offset: int, whole: memoryview, epoch: int
+        self, node: NodeId, key: ShardKey, placement: Placement, older: int, offset: int, view: memoryview, epoch: int
     ) -> _Answer:
         """One piece, which is in its place then."""
         await self._pace.breath(key.oid)
         self._still(epoch)
-        view = whole[offset : offset + PIECE_BYTES]
         answer = await self._ask_piece(node, key, placement, older, offset, len(view), into=view)
         content = answer.content
-        if content is not None and not (isinstance(content, memoryview) and content.obj is whole.obj):
+        if content is not None and not (isinstance(content, memoryview) and content.obj is view.obj):
             view[: len(content)] = content
         return answer
 
