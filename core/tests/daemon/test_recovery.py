@@ -9,7 +9,7 @@ import pytest
 
 from sheepdog.api import StoreOptions
 from sheepdog.contracts.store import ShardKey
-from sheepdog.daemon import recovery, recovery_fetch
+from sheepdog.daemon import recovery, recovery_pace
 from sheepdog.daemon.recovery_notes import FileNotes
 from sheepdog.errors import ObjectNotFound, RequestError, SheepdogError, StoreFull
 from sheepdog.model.ids import attribute_oid, data_oid
@@ -498,10 +498,14 @@ async def test_unchanged_copy_is_taken_up_again(make_store):
         assert w.content(0, same) == w.content(1, same)
 
 
-async def test_large_objects_come_in_pieces(make_store, monkeypatch):
-    """An object larger than one answer may be arrives whole."""
-    monkeypatch.setattr(recovery_fetch, "PIECE_BYTES", 300_000)
+@pytest.mark.parametrize("busy", [False, True])
+async def test_large_objects_come_in_pieces(make_store, monkeypatch, busy):
+    """An object larger than one answer may be arrives whole, one piece after the other or several at a time."""
+    for name in ("PIECE_BYTES", "PIECE_BYTES_MIN"):
+        monkeypatch.setattr(recovery_pace, name, 300_000)
     async with world(3, make_store) as w:
+        pace = w.sheep[2].recovery.pace
+        monkeypatch.setattr(pace, "busy", lambda: busy)
         oid = w.object_on(0, 1)
         await w.sheep[0].objects.create(oid, 0, random_bytes(7, OBJECT))
         await w.change(1, 2)

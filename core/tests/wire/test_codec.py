@@ -164,3 +164,19 @@ def test_recorded_sessions_decode_as_streams():
             decoder = request_decoder() if key[2] == "c2s" else response_decoder()
             got = feed(decoder, b"".join(pieces), [])
             assert [len(frame.body) for frame in got] == lengths[key], (file.name, key)
+
+
+def test_a_body_goes_where_it_is_wanted():
+    """A large body is received in the place that was given for it; one that does not fit ends the connection."""
+    large = bytes(range(256)) * (DIRECT_BYTES_MIN // 128)
+    place = bytearray(len(large))
+    answer = Response(id=7, body=large)
+    decoder = response_decoder(place=lambda response: memoryview(place) if response.id == 7 else None)
+    (frame,) = feed(decoder, answer.pack() + large, [100_000])
+    assert place == large and frame.body.obj is place
+    answer.id = 8
+    (frame,) = feed(decoder, answer.pack() + large, [100_000])
+    assert frame.body == large and frame.body is not place
+    narrow = response_decoder(place=lambda _: memoryview(bytearray(len(large) - 1)))
+    with pytest.raises(ProtocolError):
+        feed(narrow, answer.pack() + large, [100_000])
