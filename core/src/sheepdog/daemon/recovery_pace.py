@@ -20,9 +20,7 @@ PIECE_BYTES_MIN = 256 << 10  # while clients are at work
 AHEAD = 3  # pieces of one object under way while nobody else wants anything
 BUSY_S = 0.1  # so long after a client's last request the sheep counts as busy
 STAND_BACK_S = 0.1  # at most, for an urgent object whose holders are slow
-BREATH_S = (
-    0.004  # from one piece to the next; a quarter of a megabyte costs two processes 0.5 ms in all where the CI runs
-)
+BREATH_S = 0.004  # from one piece to the next; a small piece costs two processes 0.5 ms in all on the CI's machine
 
 
 class Pace:
