@@ -655,8 +655,8 @@ async def test_who_left_is_not_asked_for_the_rest(make_store):
         ask = finder._ask_piece
         changed = []
 
-        async def ask_and_change(*args):
-            answer = await ask(*args)
+        async def ask_and_change(*args, **options):
+            answer = await ask(*args, **options)
             if not changed and answer.content:
                 changed.append(args)
                 await w.change(0, 1)

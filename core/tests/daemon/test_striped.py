@@ -473,10 +473,14 @@ async def test_reads_touch_what_they_need():
         counted = {}
         count_requests(made.sheep[0], counted)
 
+        def reads():
+            """Recovery of the first epoch may ask for other things beside."""
+            return [entry for entry in counted.pop("of") if entry[0] == Op.READ_PEER]
+
         assert bytes(await made.sheep[0].objects.read(oid, 512 + 256 + 10, 100)) == content[778:878]
-        assert counted.pop("of") == [(Op.READ_PEER, 2, 100)]
+        assert reads() == [(Op.READ_PEER, 2, 100)]
         assert bytes(await made.sheep[0].objects.read(oid, 1024, 512)) == content[1024:1536]
-        assert counted.pop("of") == [(Op.READ_PEER, index, 128) for index in (1, 2, 3)]
+        assert reads() == [(Op.READ_PEER, index, 128) for index in (1, 2, 3)]
 
 
 @pytest.mark.parametrize(
