@@ -64,7 +64,7 @@ def test_auto(fresh_cluster: Start) -> None:
     assert abs(sum(vnodes(cluster, 0)) - 3 * 128) <= 2
     assert cluster.dog("cluster", "format", "-V", "-c", "2", check=False).returncode != 0
     cluster.format()
-    contents = {"a": fill(cluster, "a", 2, size=16 * MiB)}
+    contents = {"a": fill(cluster, "a", 2, size=64 * MiB)}
     assert cluster.dog("node", "vnodes", "set", "5", check=False).returncode == 255
     disk = cluster.base / "disk1a"
     disk.mkdir()
