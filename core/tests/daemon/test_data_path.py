@@ -5,29 +5,17 @@ from __future__ import annotations
 import anyio
 import pytest
 
-from sheepdog.api import StoreOptions
 from sheepdog.builtin.tcp import sheepdog_transport
 from sheepdog.contracts.store import ShardKey
 from sheepdog.errors import ObjectNotFound, ReadOnlyObject
 from sheepdog.model.ids import data_oid, inode_oid, ledger_oid
 from sheepdog.model.inode import MAP_OFFSET, REFS_OFFSET
 from sheepdog.model.vdi_state import VdiState
-from sheepdog_store_plain import sheepdog_object_store
 
 from .data_plane import planes, random_bytes
 
 pytestmark = pytest.mark.anyio
 OBJECT = 4 << 20
-
-
-@pytest.fixture
-def make_store(tmp_path):
-    def make(number):
-        path = tmp_path / f"disk{number}"
-        path.mkdir()
-        return sheepdog_object_store(StoreOptions((str(path),)))
-
-    return make
 
 
 async def wait_for(condition):

@@ -7,7 +7,6 @@ from collections import deque
 import anyio
 import pytest
 
-from sheepdog.api import StoreOptions
 from sheepdog.builtin.tcp import sheepdog_transport
 from sheepdog.contracts.store import REPLICA, ShardKey
 from sheepdog.daemon import server
@@ -21,22 +20,11 @@ from sheepdog.model.ring import Ring
 from sheepdog.wire.extensions import FORWARD_DECREF, FORWARD_REMOVE
 from sheepdog.wire.opcodes import Op
 from sheepdog.wire.results import Result
-from sheepdog_store_plain import sheepdog_object_store
 
 from .data_plane import planes
 
 pytestmark = pytest.mark.anyio
 OID = data_oid(0x123456, 1)
-
-
-@pytest.fixture
-def make_store(tmp_path):
-    def make(number):
-        path = tmp_path / f"disk{number}"
-        path.mkdir()
-        return sheepdog_object_store(StoreOptions((str(path),)))
-
-    return make
 
 
 async def wait_for(condition):

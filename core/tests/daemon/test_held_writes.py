@@ -7,11 +7,9 @@ from types import SimpleNamespace
 import anyio
 import pytest
 
-from sheepdog.api import StoreOptions
 from sheepdog.contracts.store import REPLICA, ShardKey
 from sheepdog.daemon.held_writes import HeldWrites
 from sheepdog.wire.results import Result
-from sheepdog_store_plain import sheepdog_object_store
 
 from .data_plane import random_bytes
 from .recovery_world import OBJECT, digest, world
@@ -24,16 +22,6 @@ AT = (0, 0, OBJECT - 4096, OBJECT // 2, 2048, 0)  # of the writes; the first pie
 def anyio_backend():
     """The loop that sheep run on."""
     return "asyncio"
-
-
-@pytest.fixture
-def make_store(tmp_path):
-    def make(number):
-        path = tmp_path / f"disk{number}"
-        path.mkdir()
-        return sheepdog_object_store(StoreOptions((str(path),)))
-
-    return make
 
 
 class _Interrupted:

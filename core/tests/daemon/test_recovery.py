@@ -7,7 +7,6 @@ import threading
 import anyio
 import pytest
 
-from sheepdog.api import StoreOptions
 from sheepdog.contracts.store import ShardKey
 from sheepdog.daemon import recovery, recovery_pace
 from sheepdog.daemon.recovery_notes import FileNotes
@@ -16,7 +15,6 @@ from sheepdog.model.ids import attribute_oid, data_oid
 from sheepdog.model.vdi_state import VdiState
 from sheepdog.wire.opcodes import Op
 from sheepdog.wire.results import Result
-from sheepdog_store_plain import sheepdog_object_store
 
 from .data_plane import random_bytes
 from .recovery_world import OBJECT, VID, digest, world
@@ -28,16 +26,6 @@ pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
 def anyio_backend():
     """The loop that sheep run on; recovery over a simulated network on trio is tested by the simulation."""
     return "asyncio"
-
-
-@pytest.fixture
-def make_store(tmp_path):
-    def make(number):
-        path = tmp_path / f"disk{number}"
-        path.mkdir()
-        return sheepdog_object_store(StoreOptions((str(path),)))
-
-    return make
 
 
 async def left_behind(w, number, oid, content):

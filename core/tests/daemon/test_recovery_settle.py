@@ -7,7 +7,6 @@ from collections import deque
 import anyio
 import pytest
 
-from sheepdog.api import StoreOptions
 from sheepdog.contracts.store import ShardKey
 from sheepdog.daemon.recovery_notes import MARKS_MAX, FileNotes, Notes, Progress
 from sheepdog.daemon.striped_undo import StripState, StripUndo
@@ -17,7 +16,6 @@ from sheepdog.model.ids import data_oid
 from sheepdog.model.node import NodeId
 from sheepdog.wire.results import Result
 from sheepdog_redundancy_ec import sheepdog_redundancy
-from sheepdog_store_plain import sheepdog_object_store
 
 from .data_plane import random_bytes
 from .recovery_world import OBJECT, VID, digest, world
@@ -31,16 +29,6 @@ STRIP = OBJECT // 2
 def anyio_backend():
     """The loop that sheep run on; settling over a simulated network on trio is tested by the simulation."""
     return "asyncio"
-
-
-@pytest.fixture
-def make_store(tmp_path):
-    def make(number):
-        path = tmp_path / f"disk{number}"
-        path.mkdir()
-        return sheepdog_object_store(StoreOptions((str(path),)))
-
-    return make
 
 
 def striped(make_store, count):
