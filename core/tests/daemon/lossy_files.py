@@ -91,22 +91,18 @@ class LossyFiles:
         self._flush(fd, self._real["fdatasync"])
 
     def _flush(self, fd, real):
+        """What counts as flushed is what was there at the call.
+
+        It is looked at and noted in one step: of two flushes at once, the one that looked first must not be noted last.
+        """
         with self._lock:
             path, _, content = self._open.get(fd, ("", 0, None))
-            if not path:
-                seen = None
-            elif content is None:
-                seen = self._names(path)
-            else:
-                seen = self._read(f"/proc/self/fd/{fd}", self._length(path))
-        # Not really: this machine keeps its power, and what counts as flushed is what was there at the call.
-        with self._lock:
             if path and content is None:
-                self._safe[path] = seen
+                self._safe[path] = self._names(path)
             elif path:
-                content.safe = bytearray(seen)
-            else:
-                real(fd)
+                content.safe = bytearray(self._read(f"/proc/self/fd/{fd}", self._length(path)))
+        if not path:  # for the others not really: this machine keeps its power
+            real(fd)
 
     def on_rename(self, source, target):
         with self._lock:
