@@ -80,6 +80,17 @@ def describe(result: int) -> str:
     return words(result)
 
 
+def decode_map(body: bytes | bytearray | memoryview) -> dict[str, Any] | None:  # Any: what CBOR can say
+    """The CBOR map of an answer; ``None`` if it is none."""
+    import cbor2
+
+    try:
+        found = cbor2.loads(body)
+    except (cbor2.CBORDecodeError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 class Options:
     """The options of one invocation; what was not given is None or False."""
 

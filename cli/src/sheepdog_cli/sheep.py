@@ -34,14 +34,13 @@ from sheepdog_cli.sheep_options import (
     installed,
     version_text,
 )
-from sheepdog_cli.sizes import SUFFIX_HINT, parse_decimal, parse_size
+from sheepdog_cli.sizes import RATE_MAX, SUFFIX_HINT, parse_decimal, parse_size
 
 DEFAULT_PATH = "/tmp"
 LOG_NAME = "sheep.log"
 U32_MAX = (1 << 32) - 1
 DELAY_MAX_S = 24 * 3600
 TIME_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 24 * 3600}
-RATE_MAX = 100_000  # MB/s
 
 
 class BadUsage(Exception):

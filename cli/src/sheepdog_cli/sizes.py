@@ -7,6 +7,7 @@ import re
 UNITS = ("MB", "GB", "TB", "PB", "EB", "ZB", "YB")
 MiB = 1 << 20
 U64 = 1 << 64
+RATE_MAX = 100_000  # MB/s, faster than any disk
 
 _SIZE = re.compile(r"([-+]?)(\d+)?(?:\.(\d*))?([BKMGTP]?)\Z", re.IGNORECASE | re.ASCII)
 _SHIFTS = {"": 0, "B": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50}

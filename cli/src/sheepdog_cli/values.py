@@ -6,14 +6,13 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from sheepdog_cli.session import EXIT_FAILURE, EXIT_USAGE, Options, Quit, complain, fail
-from sheepdog_cli.sizes import parse_decimal
+from sheepdog_cli.sizes import RATE_MAX, parse_decimal
 
 if TYPE_CHECKING:
     from sheepdog.model.policy import CopyPolicy
 
 U32_MAX = (1 << 32) - 1
 U64_MAX = (1 << 64) - 1
-RATE_MAX = 100_000  # MB/s
 
 
 class Selector:

@@ -25,6 +25,7 @@ from sheepdog.testing.cluster_kit import (
     left,
     payloads,
     settle,
+    start_members,
     until_left,
 )
 from sheepdog.testing.cluster_worker import ProcessMember, SessionMember, driver_cluster
@@ -353,9 +354,7 @@ async def test_snapshot(voters):
     """Who joins after the log was replaced by a snapshot has the right view; sessions that stand do not notice."""
     driver = follower(voters)
     async with anyio.create_task_group() as tasks:
-        members = [SessionMember(kit_node(i)) for i in range(2)]
-        for member in members:
-            await member.start(tasks, driver, b"")
+        members = await start_members(tasks, 2, lambda: driver)
         await members[1].update(kit_node(1, space=5))
         for i in range(20):
             await members[0].broadcast(b"%d" % i)
@@ -413,9 +412,7 @@ async def test_copies_that_differ(voters):
     """A member whose copy of the log is not that of the others stops, and can come back; the others go on."""
     driver = follower(voters)
     async with anyio.create_task_group() as tasks:
-        members = [SessionMember(kit_node(i)) for i in range(3)]
-        for member in members:
-            await member.start(tasks, driver, b"")
+        members = await start_members(tasks, 3, lambda: driver)
         await settle(members, b"before")
         broken = members[1]
         log = broken.session._server._log

@@ -23,6 +23,7 @@ from sheepdog.testing.cluster_kit import (
     left,
     payloads,
     settle,
+    start_members,
     until_joined,
     until_left,
 )
@@ -203,9 +204,7 @@ async def test_collection(zookeeper, root, client):
     """What everybody has read is removed from the ensemble, and later joiners have the right view."""
     driver = ZookeeperDriver(ZookeeperOptions((zookeeper.address,), root, 1.2, collect_interval=20))
     async with anyio.create_task_group() as tasks:
-        members = [SessionMember(kit_node(i)) for i in range(3)]
-        for member in members:
-            await member.start(tasks, driver, b"")
+        members = await start_members(tasks, 3, lambda: driver)
         await members[1].update(kit_node(1, space=5))
         await members[0].leave()  # another one becomes the oldest
         for i in range(200):

@@ -7,7 +7,7 @@ from typing import Any
 
 from sheepdog.errors import TransportError
 from sheepdog_cli.output import print_json
-from sheepdog_cli.session import EXIT_SYSTEM, RESULT_SUCCESS, Quit, Session, describe, fail
+from sheepdog_cli.session import EXIT_SYSTEM, RESULT_SUCCESS, Quit, Session, decode_map, describe, fail
 
 OP_DRIVER_STATUS = 0xD2  # of sheepdog.wire.extensions
 RESULT_INVALID_PARMS = 0x05
@@ -35,13 +35,8 @@ def _ask(session: Session) -> dict[str, Any]:  # Any: whatever the driver report
         fail("This sheep cannot tell about its cluster driver (it is an original one, or an older one)")
     if response.result != RESULT_SUCCESS:
         fail(f"Failed to get the state of the cluster driver: {describe(response.result)}")
-    import cbor2
-
-    try:
-        status = cbor2.loads(response.body)
-    except (cbor2.CBORDecodeError, ValueError):
-        status = None
-    if not isinstance(status, dict) or not isinstance(status.get("status", {}), dict):
+    status = decode_map(response.body)
+    if status is None or not isinstance(status.get("status", {}), dict):
         fail("The answer about the cluster driver is not understood")
     return status
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sheepdog.errors import TransportError
 from sheepdog_cli.output import print_json
-from sheepdog_cli.session import EXIT_SYSTEM, RESULT_SUCCESS, Quit, Session, complain, describe, fail
+from sheepdog_cli.session import EXIT_SYSTEM, RESULT_SUCCESS, Quit, Session, complain, decode_map, describe, fail
 from sheepdog_cli.sizes import format_size
 
 if TYPE_CHECKING:
@@ -60,13 +60,8 @@ def _ask(session: Session, node: Node | None, command: int, rate: int) -> dict[s
         fail(f"The sheep at {where} is a gateway, which stores nothing")
     if response.result != RESULT_SUCCESS:
         fail(f"The scrub of {where} cannot be controlled: {describe(response.result)}")
-    import cbor2
-
-    try:
-        status = cbor2.loads(response.body)
-    except (cbor2.CBORDecodeError, ValueError):
-        status = None
-    if not isinstance(status, dict):
+    status = decode_map(response.body)
+    if status is None:
         complain(f"The answer of {where} is not understood")
         raise Quit(EXIT_SYSTEM)
     return status

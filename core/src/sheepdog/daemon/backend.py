@@ -97,6 +97,8 @@ class LocalBackend:
     async def use(self, work: Callable[[ObjectStore], T]) -> T:
         """``work(store)`` on a worker thread; again without the disk that failed in it, as long as one is left.
 
+        What it finds corrupt is reported.
+
         :raises StoreError: what ``work`` raised.
         """
         while True:
@@ -106,6 +108,10 @@ class LocalBackend:
             except StoreDeviceError as error:
                 if not self.device_failed(error):
                     raise
+            except ShardCorrupt as error:
+                assert self.shards is not None, "whoever has a store has shards"
+                self.shards.corrupt(error)
+                raise
 
     def device_failed(self, error: StoreDeviceError) -> bool:
         """A disk gave an error: it is taken out; says whether another one is left.
@@ -129,11 +135,6 @@ class LocalBackend:
                 return True
         self._lifecycle.stop(0, "no disks available, going down")
         return False
-
-    def corrupt(self, error: ShardCorrupt) -> None:
-        """A shard was found corrupt by somebody who read past ``shards``."""
-        assert self.shards is not None, "a gateway has no shards"
-        self.shards.corrupt(error)
 
     async def plug(self, path: str) -> None:
         """The directory takes its share of the objects.

@@ -18,7 +18,7 @@ from sheepdog.daemon.interfaces import Backend
 from sheepdog.daemon.membership import Membership
 from sheepdog.daemon.repair import Repairs
 from sheepdog.daemon.state import SheepState
-from sheepdog.errors import InvalidParameters, ObjectNotFound, ShardCorrupt
+from sheepdog.errors import InvalidParameters, ObjectNotFound
 from sheepdog.model.clusterinfo import CLUSTER_INFO_BYTES, ClusterInfo, ClusterStatus
 from sheepdog.model.epochs import EPOCH_LOG_HEAD_BYTES, EpochLogEntry, EpochRecord, pack_epoch_log
 from sheepdog.model.ids import always_replicated, vid_of
@@ -308,12 +308,7 @@ class Info:
                     continue
             raise ObjectNotFound(f"oid={oid:016x} is not here, nor its version of epoch={epoch}")
 
-        try:
-            digest = await self._backend.use(work)
-        except ShardCorrupt as error:
-            self._backend.corrupt(error)
-            raise
-        return Response(variant=HashResponse(digest).pack())
+        return Response(variant=HashResponse(await self._backend.use(work)).pack())
 
     async def repair_replica(self, request: Request) -> Response:
         """REPAIR_REPLICA: the copy held here becomes that of the majority.

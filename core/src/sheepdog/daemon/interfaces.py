@@ -11,7 +11,6 @@ from typing import Protocol, TypeAlias, TypeVar
 
 from sheepdog.contracts.services import Executor
 from sheepdog.contracts.store import ObjectStore
-from sheepdog.errors import ShardCorrupt
 from sheepdog.model.clusterinfo import DiskConfig
 from sheepdog.model.epochs import EpochRecord
 from sheepdog.model.node import NodeId
@@ -178,11 +177,10 @@ class Backend(Protocol):
     async def use(self, work: Callable[[ObjectStore], T]) -> T:
         """``work(store)`` on a worker thread; again without the disk that failed in it, as long as one is left.
 
+        What it finds corrupt is reported.
+
         :raises StoreError: what ``work`` raised. Not to be called on a gateway.
         """
-
-    def corrupt(self, error: ShardCorrupt) -> None:
-        """A shard of this sheep was read and is not what was stored."""
 
     async def switch(self, store_name: str) -> None:
         """A store of that name is in use and holds nothing. A no-op on gateways.

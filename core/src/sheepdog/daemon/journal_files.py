@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 FILE_MODE = 0o644
 VECTOR_MAX = 1024  # buffers of one writev, IOV_MAX
 ZEROS = bytes(1 << 20)
-AHEAD_BYTES = 1 << 20
+AHEAD_BYTES = len(ZEROS)
 HEADER_PART_BYTES = 572  # of an inode, as much as names its block size
 
 

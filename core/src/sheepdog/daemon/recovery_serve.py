@@ -68,12 +68,13 @@ class VersionServer:
             else:
                 answer(0, view[:count], variant)
 
+        cached = None
         with suppress(SheepdogError):  # a worker finds out what it is
             cached = shards.store.try_read_into(key, view, offset_bytes=offset)
-            if cached is not None:
-                done(0, (view, cached, LIVE))
-                return
-        shards.submit(work, done)
+        if cached is not None:
+            done(0, (view, cached, LIVE))
+        else:
+            shards.submit(work, done)
 
     def point(self, request: Request) -> tuple[int, bytes]:
         """RECOVERY_POINT: result and variant of the answer, which tells the last epoch gathered."""

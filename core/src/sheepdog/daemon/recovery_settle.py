@@ -317,6 +317,7 @@ class Mender:
         return parts
 
     async def push_strip(self, oid: int, index: int, strip: Buffer, placement: Placement) -> int:
+        """The holder of that strip has it."""
         key = ShardKey(oid, index)
         node = placement.holders[index]
         size = max(placement.shard_bytes, len(strip))

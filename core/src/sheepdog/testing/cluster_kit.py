@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import TypeAlias, TypeVar
 
 import anyio
+import anyio.abc
 import anyio.lowlevel
 import pytest
 
-from sheepdog.contracts.cluster import PAYLOAD_BYTES_MAX, Delivered, Event, Joined, Left, Updated
+from sheepdog.contracts.cluster import PAYLOAD_BYTES_MAX, ClusterDriver, Delivered, Event, Joined, Left, Updated
 from sheepdog.errors import ClusterError, ConfigError, PayloadTooLarge, SessionLost
 from sheepdog.model.node import Node, NodeId
-from sheepdog.testing.cluster_worker import KitCluster, KitMember, ProcessMember
+from sheepdog.testing.cluster_worker import KitCluster, KitMember, ProcessMember, SessionMember
 
 ClusterFactory: TypeAlias = Callable[[], AbstractAsyncContextManager[KitCluster]]
 
@@ -96,6 +97,16 @@ async def until_joined(member: KitMember, node: Node, times: int = 1) -> None:
 async def until_left(member: KitMember, node: Node, extra_s: float = 0.0) -> None:
     """``member`` saw ``node`` leave."""
     await member.until(lambda: left(member, node), PATIENCE_S + extra_s)
+
+
+async def start_members(
+    tasks: anyio.abc.TaskGroup, count: int, driver: Callable[[], ClusterDriver]
+) -> list[SessionMember]:
+    """Members ``kit_node(0)`` and so on, in this process, which joined one after the other; ``driver()`` for each."""
+    members = [SessionMember(kit_node(number)) for number in range(count)]
+    for member in members:
+        await member.start(tasks, driver(), b"")
+    return members
 
 
 async def settle(members: Sequence[KitMember], mark: bytes) -> None:

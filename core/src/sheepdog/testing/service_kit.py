@@ -39,6 +39,7 @@ from sheepdog.testing.cluster_kit import (
     left,
     payloads,
     settle,
+    start_members,
     timing_bound,
     until_left,
 )
@@ -148,9 +149,7 @@ class ServersKit:
         servers = await run_sync(start_servers, 1)
         only = servers.servers[0]
         async with anyio.create_task_group() as tasks:
-            members = [SessionMember(kit_node(i)) for i in range(2)]
-            for member in members:
-                await member.start(tasks, servers.all(LONG_S), b"")
+            members = await start_members(tasks, 2, lambda: servers.all(LONG_S))
             await settle(members, b"before")
             await run_sync(only.stop)
             async with anyio.create_task_group() as talking:
@@ -172,9 +171,7 @@ class ServersKit:
         """With a majority left, sessions outlive any server, also the leader and the one that they talk to."""
         servers = await run_sync(start_servers, 3)
         async with anyio.create_task_group() as tasks:
-            members = [SessionMember(kit_node(i)) for i in range(2)]
-            for member in members:
-                await member.start(tasks, servers.all(LONG_S), b"")
+            members = await start_members(tasks, 2, lambda: servers.all(LONG_S))
             for index, server in enumerate(servers.servers):
                 await run_sync(server.stop)
                 await members[index % 2].broadcast(b"%d" % index)
@@ -192,9 +189,7 @@ class ServersKit:
         """Without a majority of servers no member says that it is alive, and none can join; with it they can again."""
         servers = await run_sync(start_servers, 3)
         async with anyio.create_task_group() as tasks:
-            members = [SessionMember(kit_node(i)) for i in range(2)]
-            for member in members:
-                await member.start(tasks, servers.all(SHORT_S), b"")
+            members = await start_members(tasks, 2, lambda: servers.all(SHORT_S))
             await settle(members, b"before")
             for server in servers.servers[1:]:
                 await run_sync(server.stop)
@@ -338,11 +333,8 @@ class TlsKit:
         with ExitStack() as stack:
             server = await run_sync(start_tls, tmp_path, stack, Tls(authority.ca, *authority.issue("server")))
             async with anyio.create_task_group() as tasks:
-                members = [SessionMember(kit_node(i)) for i in range(2)]
-                for member in members:
-                    await member.start(
-                        tasks, tls_driver(server, authority.ca, authority.issue("sheep"), CONNECT_S), b""
-                    )
+                sheep = authority.issue("sheep")
+                members = await start_members(tasks, 2, lambda: tls_driver(server, authority.ca, sheep, CONNECT_S))
                 await settle(members, b"mark")
                 await members[1].leave()
                 await until_left(members[0], kit_node(1))
