@@ -79,6 +79,7 @@ from sheepdog.errors import (
 )
 from sheepdog.model.hashing import fnv1a, hash_oid, next_hash, sd_hash
 from sheepdog.model.ids import (
+    SPARSE_BITS,
     Epoch,
     Oid,
     Vid,
@@ -173,6 +174,7 @@ __all__ = [
     "NODE_BYTES",
     "PAYLOAD_BYTES_MAX",
     "REPLICA",
+    "SPARSE_BITS",
     "Accept",
     "Address",
     "Buffer",

@@ -24,6 +24,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 from sheepdog.api import (
+    SPARSE_BITS,
     Buffer,
     ConfigError,
     DiskInfo,
@@ -202,14 +203,20 @@ class FileStore(ObjectStore):
                     os.unlink(paths.on(disk, key))
 
     def write(self, key: ShardKey, data: Buffer, *, offset_bytes: int, durable: bool) -> None:
-        if durable or self._direct or (len(data) >= io.BLOCK_BYTES and is_sparse(key[0])):
+        if durable or self._direct or (key[0] & SPARSE_BITS and len(data) >= io.BLOCK_BYTES):
             self._anywhere(key, lambda path: self._write_slowly(path, key, memoryview(data), offset_bytes, durable))
-            return
+        else:
+            self.try_write(key, data, offset_bytes=offset_bytes)
+
+    def try_write(self, key: ShardKey, data: Buffer, *, offset_bytes: int) -> bool:
+        if self._direct or (key[0] & SPARSE_BITS and len(data) >= io.BLOCK_BYTES):
+            self.write(key, data, offset_bytes=offset_bytes, durable=False)
+            return True
         try:
             fd = os.open(self._paths[key], _WRITE)
         except OSError:
             self._anywhere(key, lambda path: io.write_file(path, memoryview(data), offset_bytes))
-            return
+            return True
         try:
             written = os.pwrite(fd, data, offset_bytes)
             if written != len(data):
@@ -218,6 +225,7 @@ class FileStore(ObjectStore):
             raise self._trouble(error, key) from error
         finally:
             os.close(fd)
+        return True
 
     def _write_slowly(self, path: str, key: ShardKey, data: memoryview, offset: int, durable: bool) -> None:
         if len(data) >= io.BLOCK_BYTES and is_sparse(key.oid):

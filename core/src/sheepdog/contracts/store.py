@@ -255,6 +255,16 @@ class ObjectStore(ABC):
         """
         return True
 
+    def try_write(self, key: ShardKey, data: Buffer, *, offset_bytes: int) -> bool:
+        """As ``write``, not durable, if that waits for no disk; else nothing has happened, and the answer is false.
+
+        Called on the event loop for every small write. A store overrides it to save the two calls.
+        """
+        if not self.ready(key):
+            return False
+        self.write(key, data, offset_bytes=offset_bytes, durable=False)
+        return True
+
     def upkeep(self) -> None:
         """Called every half minute from a worker thread: time to write down what was only in memory."""
 

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import anyio
 
 from sheepdog.contracts.services import Clock
-from sheepdog.contracts.store import REPLICA, Buffer, ShardKey
+from sheepdog.contracts.store import REPLICA, Buffer
 from sheepdog.daemon.fencing import Client, Fences
 from sheepdog.daemon.outbox import Outbox
 from sheepdog.daemon.peers import LOST, PeerPool
 from sheepdog.daemon.placement import Placement, Placer
 from sheepdog.daemon.primary import RETRYABLE, Primary
 from sheepdog.daemon.shards import Shards
-from sheepdog.daemon.state import SheepState
+from sheepdog.daemon.state import SheepState, always
 from sheepdog.model.clusterinfo import ClusterFlag, ClusterStatus
 from sheepdog.model.ids import vid_of
 from sheepdog.wire.extensions import FORWARD_CREATE, FORWARD_DECREF, FORWARD_REMOVE, FORWARD_WRITE
@@ -67,8 +67,6 @@ class Gateway:
         self.striped: Striped
         self.recovery: Recovery | None = None
         self.fences: Fences
-        self.alive: Callable[[], bool] = _always
-        """Whether our membership certainly stands; while it does not, requests wait."""
         self._outbox = outbox
         self._clock = clock
         self._parked: list[_Operation] = []
@@ -232,7 +230,7 @@ class Gateway:
             self._retry(now)
 
     def _retry(self, now: float | None) -> None:
-        if self.state.status is not ClusterStatus.OK or not self.alive():
+        if self.state.status is not ClusterStatus.OK or not self.state.alive():
             return
         parked, self._parked = self._parked, []
         for operation in parked:
@@ -266,10 +264,6 @@ class Gateway:
         return opcode != FORWARD_REMOVE and placement.short and bool(self.state.flags & ClusterFlag.STRICT)
 
 
-def _always() -> bool:
-    return True
-
-
 class _Drain:
     """Waits for a set of changes to end."""
 
@@ -300,7 +294,7 @@ class _Operation:
         self.attempts = 0
         self.begun = 0.0  # when it was first to be retried
         self.due = 0.0
-        self.wanted: Callable[[], bool] = _always
+        self.wanted: Callable[[], bool] = always
 
     def start(self) -> None:
         """One attempt."""
@@ -337,7 +331,7 @@ class _Operation:
 class _Change(_Operation):
     """A create, write or removal: to the primary and back."""
 
-    __slots__ = ("checked", "client", "cow_oid", "data", "flags", "offset", "opcode")
+    __slots__ = ("checked", "client", "cow_oid", "data", "epoch", "flags", "offset", "opcode")
 
     client: Client | None
     opcode: int
@@ -349,7 +343,8 @@ class _Change(_Operation):
 
     def start(self) -> None:
         gateway = self.gateway
-        if gateway.state.status is not ClusterStatus.OK or not gateway.alive():
+        state = gateway.state
+        if state.status is not ClusterStatus.OK or not state.alive():
             gateway.park(self)
             return
         oid = self.oid
@@ -360,26 +355,31 @@ class _Change(_Operation):
         if placement.short and gateway.halted(placement, self.opcode):
             self.finish(Result.HALT, None)
             return
-        epoch = gateway.state.epoch
-        primary = placement.primary
-        assert primary is not None, "without holders everything is halted"
+        epoch = self.epoch = state.epoch
         client = self.client
-        if client is not None and primary not in client.fenced:
+        if client is not None and placement.primary not in client.fenced:
+            primary = placement.primary
+            assert primary is not None, "without holders everything is halted"
             gateway.fences.ask(client, primary, partial(self._fenced, epoch))
             return
         if placement.here:
-            gateway.changes.apply(
-                self.opcode, oid, self.offset, self.data, self.cow_oid, placement,
-                lambda result: self.ended(epoch, result, None),
-            )  # fmt: skip
+            gateway.changes.apply(self.opcode, oid, self.offset, self.data, self.cow_oid, placement, self._applied)
             return
         link = placement.primary_link
         assert link is not None, "the primary is another sheep"
-        link.object_request(
-            self.opcode, epoch, oid, lambda response: self.ended(epoch, response.result, None),
-            flags=self.flags, cow_oid=self.cow_oid, copies=placement.copies, copy_policy=placement.policy,
-            offset=self.offset, body=self.data, wanted=self.wanted,
+        link.change_request(
+            self.opcode, epoch, oid, self.offset, self.data, placement.copies, placement.policy, self.flags,
+            self.cow_oid, 0, self._answered, self.wanted,
         )  # fmt: skip
+
+    def _applied(self, result: int) -> None:
+        if result:
+            self.ended(self.epoch, result, None)
+        else:
+            self.finish(0, None)
+
+    def _answered(self, response: Response) -> None:
+        self._applied(response.result)
 
     def _fenced(self, epoch: int, result: int) -> None:
         """The primary has made the fence that the client's first change there waits for, or has not."""
@@ -440,14 +440,15 @@ class _Read(_Operation):
 
     def start(self) -> None:
         gateway = self.gateway
-        if gateway.state.status is not ClusterStatus.OK or not gateway.alive():
+        state = gateway.state
+        if state.status is not ClusterStatus.OK or not state.alive():
             gateway.park(self)
             return
         placement = gateway.placer.placement(self.oid, self.copies, self.policy)
         if placement.primary is None:
             self.finish(Result.HALT, None)
             return
-        self.epoch = gateway.state.epoch
+        self.epoch = state.epoch
         self.placement = placement
         if not placement.identical:
             gateway.striped.read(self.oid, self.offset, self.length, placement, self._striped_done)
@@ -482,7 +483,7 @@ class _Read(_Operation):
     def _local(self) -> None:
         shards = self.gateway.shards
         assert shards is not None, "checked by the caller"
-        shards.read(ShardKey(self.oid, REPLICA), self.offset, self.length, self._local_done)
+        shards.read(self.placement.replica, self.offset, self.length, self._local_done)
 
     def _local_done(self, result: int, data: Any) -> None:  # Any: the bytes on success
         if not result:

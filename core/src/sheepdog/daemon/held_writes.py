@@ -35,6 +35,11 @@ class HeldWrites:
         self._recovery = recovery
         self._held: dict[ShardKey, list[_Held]] = {}
 
+    @property
+    def nothing(self) -> bool:
+        """No write waits for any copy."""
+        return not self._held
+
     def write(self, key: ShardKey, connection: ClientConnection, request: Request, answer: Answer) -> None:
         """Bytes of a whole copy are replaced, now or as soon as the copy is here."""
         if key in self._held:
@@ -43,12 +48,21 @@ class HeldWrites:
             return
 
         def written(result: int, data: Any) -> None:  # Any: changes carry no data
-            if result == Result.NO_OBJ:
-                self._missed(key, connection, request, answer)
+            if result:
+                self.failed(key, connection, request, answer, result)
             else:
-                answer(result, data)
+                answer(0, data)
 
         self._shards.write(key, request.offset, request.body, written)
+
+    def failed(
+        self, key: ShardKey, connection: ClientConnection, request: Request, answer: Answer, result: int
+    ) -> None:
+        """A write was tried and could not be made; if that is for want of the copy, it waits for it."""
+        if result == Result.NO_OBJ:
+            self._missed(key, connection, request, answer)
+        else:
+            answer(result, None)
 
     def _missed(self, key: ShardKey, connection: ClientConnection, request: Request, answer: Answer) -> None:
         held = self._held.get(key)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sheepdog.contracts.store import REPLICA, ShardKey
@@ -27,7 +28,15 @@ from sheepdog.daemon.stats import Stats
 from sheepdog.daemon.strip_memory import Pieces
 from sheepdog.daemon.striped import unpack_pieces
 from sheepdog.daemon.unsettled import Unsettled
-from sheepdog.model.ids import NO_OIDS, always_replicated, is_ledger, is_sparse, vid_of
+from sheepdog.model.ids import (
+    INODE_BIT,
+    NO_OIDS,
+    REPLICATED_BITS,
+    VID_MASK,
+    VID_SHIFT,
+    is_ledger,
+    is_sparse,
+)
 from sheepdog.model.inode import SHORT_INODE_BYTES
 from sheepdog.wire.extensions import (
     FENCE_MARK,
@@ -53,6 +62,7 @@ if TYPE_CHECKING:
 
 _Serve: TypeAlias = "Callable[[ClientConnection, Request], None]"
 
+new_tuple = tuple.__new__
 READ_BYTES_MAX = 64 * 1024 * 1024  # unless there are larger objects
 
 
@@ -95,7 +105,7 @@ class ObjectOperations:
         for opcode, serve in (
             (Op.READ_PEER, self._read_peer),
             (Op.WRITE_PEER, self._write_peer),
-            (STRIP_WRITE, self._write_peer),
+            (STRIP_WRITE, self._write_strip_pieces),
             (Op.CREATE_AND_WRITE_PEER, self._create_peer),
             (Op.REMOVE_PEER, self._remove_peer),
             (Op.DECREF_PEER, self._forward_decref),
@@ -128,16 +138,16 @@ class ObjectOperations:
             connection.reply(request, Result.INVALID_PARMS)
             return
         stats = self._stats
-        stats.gateway_began(request)
+        stats.gateway.began(request)
 
         coherence = self.coherence
         if request.flags & Flag.TGT and coherence is not None and coherence.refuses(request):
-            stats.gateway_active -= 1
+            stats.gateway.active -= 1
             connection.reply(request, Result.INODE_INVALIDATED)
             return
 
         def done(result: int, data: Any) -> None:  # Any: the bytes on success
-            stats.gateway_active -= 1
+            stats.gateway.active -= 1
             if result:
                 connection.reply(request, result)
             elif length == SHORT_INODE_BYTES and coherence is not None and coherence.is_refresh(request):
@@ -148,21 +158,21 @@ class ObjectOperations:
         self._gateway.submit_read(request.oid, request.offset, length, done, copies=request.copies)
 
     def _write_obj(self, connection: ClientConnection, request: Request) -> None:
-        self._stats.gateway_began(request)
+        self._stats.gateway.began(request)
         answer = self._answer(connection, request)
-        if self._refused(request, answer):
+        if (request.flags & Flag.TGT or request.data_length != len(request.body)) and self._refused(request, answer):
             return
-
-        def submit() -> None:
-            self._gateway.submit_write(
-                request.oid, request.offset, request.body, answer, copies=request.copies, policy=request.copy_policy,
-                client=connection,
-            )  # fmt: skip
-
-        if self.coherence is not None and is_map_write(request.oid, request.offset, len(request.body)):
-            self.coherence.before_map_write(request.oid, submit)
+        oid = request.oid
+        if oid & INODE_BIT and self.coherence is not None and is_map_write(oid, request.offset, len(request.body)):
+            self.coherence.before_map_write(oid, partial(self._submit_write, connection, request, answer))
         else:
-            submit()
+            self._submit_write(connection, request, answer)
+
+    def _submit_write(self, connection: ClientConnection, request: Request, answer: Callable[[int, Any], None]) -> None:
+        self._gateway.submit_write(
+            request.oid, request.offset, request.body, answer, copies=request.copies, policy=request.copy_policy,
+            client=connection,
+        )  # fmt: skip
 
     def _refused(self, request: Request, answer: Callable[[int, Any], None]) -> bool:
         if request.data_length != len(request.body):
@@ -174,7 +184,7 @@ class ObjectOperations:
         return False
 
     def _create_obj(self, connection: ClientConnection, request: Request) -> None:
-        self._stats.gateway_began(request)
+        self._stats.gateway.began(request)
         answer = self._answer(connection, request)
         if self._refused(request, answer):
             return
@@ -188,12 +198,12 @@ class ObjectOperations:
         )  # fmt: skip
 
     def _remove_obj(self, connection: ClientConnection, request: Request) -> None:
-        self._stats.gateway_began(request)
+        self._stats.gateway.began(request)
         answer = self._answer(connection, request)
         self._gateway.submit_remove(request.oid, lambda result: answer(result, None), client=connection)
 
     def _decref_obj(self, connection: ClientConnection, request: Request) -> None:
-        self._stats.gateway_began(request)
+        self._stats.gateway.began(request)
         answer = self._answer(connection, request)
         ref = RefRequest.unpack(request.variant or b"")
         if not is_ledger(ref.oid):
@@ -205,7 +215,7 @@ class ObjectOperations:
         stats = self._stats
 
         def done(result: int, _: Any) -> None:  # Any: changes carry no data
-            stats.gateway_active -= 1
+            stats.gateway.active -= 1
             connection.reply(request, result)
 
         return done
@@ -214,8 +224,7 @@ class ObjectOperations:
 
     def _at_epoch(self, serve: _Serve) -> _Serve:
         state = self._state
-        stats = self._stats
-        gateway = self._gateway
+        stats = self._stats.peer
 
         def gate(connection: ClientConnection, request: Request) -> None:
             epoch = request.epoch
@@ -224,8 +233,8 @@ class ObjectOperations:
                 connection.reply(request, Result.NO_OBJ)  # in whatever epoch
                 return
             if epoch == state.epoch:
-                if gateway.alive():
-                    stats.peer_began(request)
+                if state.alive():
+                    stats.began(request)
                     serve(connection, request)
                 else:
                     connection.reply(request, Result.WAIT_FOR_JOIN)
@@ -266,7 +275,7 @@ class ObjectOperations:
         epoch = state.epoch
 
         def done(result: int, data: Any) -> None:  # Any: the bytes of a read
-            stats.peer_active -= 1
+            stats.peer.active -= 1
             if state.epoch != epoch and (not result or result == Result.NO_OBJ):
                 result = Result.OLD_NODE_VER
             if result or not read:
@@ -282,7 +291,7 @@ class ObjectOperations:
         epoch = state.epoch
 
         def done(result: int, data: Any, variant: bytes) -> None:  # Any: the bytes on success
-            stats.peer_active -= 1
+            stats.peer.active -= 1
             if state.epoch != epoch:
                 connection.reply(request, Result.OLD_NODE_VER)
             else:
@@ -296,18 +305,18 @@ class ObjectOperations:
 
     def _local(self, connection: ClientConnection, request: Request) -> Shards | None:
         if self._shards is None:
-            self._stats.peer_active -= 1
+            self._stats.peer.active -= 1
             connection.reply(request, Result.NO_OBJ)
         return self._shards
 
     def _key(self, request: Request) -> ShardKey:
         oid = request.oid
-        policy = request.copy_policy
-        if not policy and not always_replicated(oid):
+        if not request.copy_policy:
             # dog does not say the policy; what is known of the volume tells whether the object is stored in strips.
-            known = self._state.vdis.scheme_of(vid_of(oid))
-            policy = known[1] if known is not None else 0
-        return ShardKey(oid, request.ec_index if policy else REPLICA)
+            known = self._state.vdis.schemes.get(oid >> VID_SHIFT & VID_MASK)
+            if known is None or not known[1] or oid & REPLICATED_BITS:
+                return new_tuple(ShardKey, (oid, REPLICA))  # a third of what the generated constructor takes
+        return ShardKey(oid, request.ec_index)
 
     def _read_peer(self, connection: ClientConnection, request: Request) -> None:
         shards = self._local(connection, request)
@@ -341,19 +350,40 @@ class ObjectOperations:
         shards.read(key, request.offset, length, done)
 
     def _write_peer(self, connection: ClientConnection, request: Request) -> None:
-        shards = self._local(connection, request)
+        shards = self._shards
         if shards is None:
+            self._local(connection, request)
             return
         self._unsettled.applied(connection.applied, request.cow_oid, request.oid, request.tail)
         key = self._key(request)
-        answer = self._peer_answer(connection, request)
-        pieces: Pieces | None = ((request.offset, request.body),)
-        if request.opcode == STRIP_WRITE:
-            pieces = unpack_pieces(request.body)
-        elif key.index == REPLICA:
-            assert self._held is not None, "a sheep with a store has recovery"
-            self._held.write(key, connection, request, answer)
+        if key[1] != REPLICA:
+            self._write_strip(key, connection, request, ((request.offset, request.body),))
             return
+        held = self._held
+        assert held is not None, "a sheep with a store has recovery"
+        result = shards.try_write(key, request.offset, request.body) if held.nothing else None
+        if result == 0 and not shards.durable:
+            self._stats.peer.active -= 1
+            connection.reply(request, 0)
+            return
+        answer = self._peer_answer(connection, request)
+        if result is None:
+            held.write(key, connection, request, answer)
+        elif result == 0:
+            shards.commit(key, answer)
+        else:
+            held.failed(key, connection, request, answer, result)
+
+    def _write_strip_pieces(self, connection: ClientConnection, request: Request) -> None:
+        if self._local(connection, request) is None:
+            return
+        self._unsettled.applied(connection.applied, request.cow_oid, request.oid, request.tail)
+        self._write_strip(self._key(request), connection, request, unpack_pieces(request.body))
+
+    def _write_strip(
+        self, key: ShardKey, connection: ClientConnection, request: Request, pieces: Pieces | None
+    ) -> None:
+        answer = self._peer_answer(connection, request)
         if pieces is None or key.index == REPLICA:
             answer(Result.INVALID_PARMS, None)
             return
@@ -413,7 +443,7 @@ class ObjectOperations:
 
         def answer(result: int, _: object) -> None:
             # Not refused for a new epoch once it is done: a reference must not be dropped twice.
-            self._stats.peer_active -= 1
+            self._stats.peer.active -= 1
             connection.reply(request, result)
 
         if not is_ledger(ref.oid):

@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from sheepdog.contracts.redundancy import RedundancyFactory, RedundancyScheme
+from sheepdog.contracts.store import REPLICA, ShardKey
 from sheepdog.daemon.peers import PeerPool
 from sheepdog.daemon.state import SheepState
 from sheepdog.errors import ConfigError
-from sheepdog.model.ids import always_replicated, is_data, object_bytes, vid_of
+from sheepdog.model.ids import TYPE_BITS, VID_MASK, VID_SHIFT, always_replicated, object_bytes
 from sheepdog.model.node import Node, NodeId
 from sheepdog.model.ring import Ring
 
@@ -29,11 +30,12 @@ class Placement:
 
     __slots__ = (
         "copies", "here", "holders", "identical", "index", "links", "local", "object_bytes", "others", "policy",
-        "primary", "primary_link", "ring", "scheme", "shard_bytes", "short",
+        "primary", "primary_link", "replica", "ring", "scheme", "shard_bytes", "short",
     )  # fmt: skip
 
     def __init__(
         self,
+        oid: int,
         ring: Ring,
         holders: tuple[Node, ...],
         me: NodeId,
@@ -43,6 +45,7 @@ class Placement:
         peers: PeerPool,
     ) -> None:
         self.ring = ring  # what this is valid for
+        self.replica = ShardKey(oid, REPLICA)  # names a whole copy
         self.holders = tuple(node.id for node in holders)
         self.scheme = scheme
         self.policy = scheme.policy
@@ -80,7 +83,7 @@ class Placer:
         if ring is not self._ring or len(self._cache) > CACHE_MAX:
             self._cache = {}
             self._ring = ring
-        known = state.vdis.scheme_of(oid >> 32 & 0xFFFFFF)
+        known = state.vdis.schemes.get(oid >> VID_SHIFT & VID_MASK)
         entry = self._cache.get(oid)
         if entry is not None:
             asked = entry[1]
@@ -98,7 +101,7 @@ class Placer:
         scheme = self._scheme_of(policy, copies)
         # Every strip has the size of a data object's, also the strips of attributes, which are smaller.
         made = Placement(
-            ring, ring.holders(oid, scheme.shards), state.me.id, scheme, object_bytes(oid, shift), 1 << shift,
+            oid, ring, ring.holders(oid, scheme.shards), state.me.id, scheme, object_bytes(oid, shift), 1 << shift,
             self._peers,
         )  # fmt: skip
         self._cache[oid] = (made, asked)
@@ -110,7 +113,7 @@ class Placer:
 
     def writable(self, oid: int) -> bool:
         """Data objects of snapshots are read-only."""
-        return not (is_data(oid) and self._state.vdis.readonly(vid_of(oid)))
+        return bool(oid & TYPE_BITS) or oid >> VID_SHIFT & VID_MASK not in self._state.vdis.snapshots
 
 
 def scheme_finder(factories: Sequence[RedundancyFactory]) -> Callable[[int, int], RedundancyScheme]:

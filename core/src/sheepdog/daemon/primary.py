@@ -66,7 +66,7 @@ class _Lane:
     def __init__(self) -> None:
         self.running = 0
         self.alone = False
-        self.waiting: deque[tuple[bool, Start, Done]] = deque()
+        self.waiting: deque[tuple[bool, Start, Done]] | None = None  # made when somebody has to
 
 
 class FanOut:
@@ -102,7 +102,13 @@ class FanOut:
 
     def answered(self, response: Response) -> None:
         """As ``one``, for an answer from another sheep."""
-        self.one(response.result)
+        if response.result:
+            self.one(response.result)
+            return
+        self.succeeded += 1
+        self._left -= 1
+        if not self._left:
+            self._finish()
 
     def _finish(self) -> None:
         result = self.result
@@ -159,6 +165,8 @@ class Primary:
         if lane is None:
             lane = self._lanes[oid] = _Lane()
         elif lane.waiting or lane.alone or (alone and lane.running):
+            if lane.waiting is None:
+                lane.waiting = deque()
             lane.waiting.append((alone, start, done))
             return
         self._run(oid, lane, alone, start, done)
@@ -172,6 +180,11 @@ class Primary:
         lane.running -= 1
         if not lane.running:
             lane.alone = False
+            if not lane.waiting:
+                if self._lanes.get(oid) is lane:
+                    del self._lanes[oid]
+                done(result)
+                return
         while lane.waiting and not lane.alone and not (lane.waiting[0][0] and lane.running):
             self._run(oid, lane, *lane.waiting.popleft())
         if not lane.running and not lane.waiting and self._lanes.get(oid) is lane:
@@ -245,7 +258,13 @@ class Primary:
 
     def write(self, oid: int, offset: int, data: Buffer, placement: Placement, done: Done) -> None:
         """Bytes of an existing object are replaced at every holder."""
-        alone = len(data) > INLINE_BYTES_MAX or self.shards.busy(ShardKey(oid, REPLICA))
+        alone = len(data) > INLINE_BYTES_MAX or self.shards.busy(placement.replica)
+        if not alone and oid not in self._lanes:
+            # As ``enter`` would do it: most changes find nothing under way.
+            lane = self._lanes[oid] = _Lane()
+            lane.running = 1
+            self.write_now(oid, offset, data, placement, partial(self._finished, oid, lane, done))
+            return
         self.enter(oid, alone, lambda finish: self.write_now(oid, offset, data, placement, finish), done)
 
     def write_now(
@@ -260,23 +279,13 @@ class Primary:
             done(refused)
             return
         epoch = self._state.epoch
-        others = placement.links
-        key = ShardKey(oid, REPLICA)
-        fan = FanOut(1 + len(others), self.unsettled, oid, done)
-        answered_early: list[int] = []
-
-        def local(result: int, _: object) -> None:
-            if sending:
-                fan.one(self.ended_at(epoch, result))
-            else:
-                answered_early.append(result)
-
+        shards = self.shards
+        key = placement.replica
+        links = placement.links
+        fan = FanOut(1 + len(links), self.unsettled, oid, done)
         # The local write is first: an object that is missing here is fetched before anybody's copy changes.
-        sending = False
-        self.shards.write(key, offset, data, local)
-        sending = True
-        if answered_early and answered_early[0]:
-            result = answered_early[0]
+        result = shards.try_write(key, offset, data)
+        if result:
             if result != Result.NO_OBJ or self.recovery is None or fetched:
                 fan.unsent(result)
                 return
@@ -292,13 +301,19 @@ class Primary:
             self._lanes[oid].alone = True
             self.recovery.fetch(oid, REPLICA, again)
             return
-        for link in others:
-            link.object_request(
-                Op.WRITE_PEER, epoch, oid, fan.answered, offset=offset, body=data, copies=placement.copies,
-                cow_oid=fan.sequence, tail=self.unsettled.low_water,
-            )  # fmt: skip
-        if answered_early:
-            fan.one(self.ended_at(epoch, 0))
+
+        if links:
+            sequence, low_water, copies = fan.sequence, self.unsettled.low_water, placement.copies
+            for link in links:
+                link.change_request(
+                    Op.WRITE_PEER, epoch, oid, offset, data, copies, 0, 0, sequence, low_water, fan.answered
+                )
+        if result is None:
+            shards.write(key, offset, data, lambda outcome, _: fan.one(self.ended_at(epoch, outcome)))
+        elif shards.durable:
+            shards.commit(key, lambda outcome, _: fan.one(self.ended_at(epoch, outcome)))
+        else:
+            fan.one(0)
 
     def create(self, oid: int, offset: int, data: Buffer, placement: Placement, done: Done) -> None:
         """The object exists at every holder, zeros but for ``data``; an older one is replaced."""
@@ -313,13 +328,12 @@ class Primary:
         epoch = self._state.epoch
         fan = FanOut(1 + len(placement.others), self.unsettled, oid, done)
         for link in placement.links:
-            link.object_request(
-                Op.CREATE_AND_WRITE_PEER, epoch, oid, fan.answered, offset=offset, body=data,
-                copies=placement.copies, copy_policy=placement.policy,
-                cow_oid=fan.sequence, tail=self.unsettled.low_water,
+            link.change_request(
+                Op.CREATE_AND_WRITE_PEER, epoch, oid, offset, data, placement.copies, placement.policy, 0,
+                fan.sequence, self.unsettled.low_water, fan.answered,
             )  # fmt: skip
         self.shards.create(
-            ShardKey(oid, REPLICA), offset, data, max(placement.object_bytes, offset + len(data)), is_sparse(oid),
+            placement.replica, offset, data, max(placement.object_bytes, offset + len(data)), is_sparse(oid),
             lambda result, _: fan.one(self.ended_at(epoch, result)),
         )  # fmt: skip
 

@@ -393,7 +393,7 @@ class Scrubber:
 
     async def _pace(self, count: int) -> None:
         for _ in range(BUSY_MAX):
-            if not self._stats.gateway_active and not self._stats.peer_active:
+            if not self._stats.gateway.active and not self._stats.peer.active:
                 break
             await anyio.sleep(BUSY_S)
         # Sleeping is not exact: what was slept too long is taken off the next time.

@@ -19,7 +19,7 @@ from sheepdog.daemon.outbox import Outbox
 from sheepdog.daemon.unsettled import AppliedLog
 from sheepdog.errors import ProtocolError
 from sheepdog.wire.codec import request_decoder
-from sheepdog.wire.header import Request, pack_response
+from sheepdog.wire.header import RESPONSE, Request
 
 if TYPE_CHECKING:
     from sheepdog.daemon.dispatch import Dispatcher
@@ -87,8 +87,11 @@ class ClientConnection(Client):
             return
         output = self._output
         first = not output
-        output.append(pack_response(request.opcode, self._server.state.epoch, request.id, len(body), result, variant))
-        if len(body):
+        length = len(body)
+        output.append(
+            RESPONSE.pack(0, request.opcode, 0, self._server.state.epoch, request.id, length, result, variant)
+        )
+        if length:
             output.append(body)
         if first:
             self._outbox.defer(self._flush)

@@ -17,7 +17,7 @@ from anyio.abc import TaskGroup
 
 from sheepdog.contracts.cluster import ClusterDriver, ClusterSession, Delivered, Event, Joined, Left
 from sheepdog.daemon import messages
-from sheepdog.daemon.state import SheepState
+from sheepdog.daemon.state import SheepState, always
 from sheepdog.errors import ClusterUnavailable, JoinRefused, SessionLost
 from sheepdog.model.clusterinfo import ClusterStatus
 from sheepdog.model.node import NodeId
@@ -70,11 +70,6 @@ class SessionKeeper(ABC):
 
     # ---- life
 
-    @property
-    def alive(self) -> bool:
-        """Nobody can have seen our ``Left`` yet. Without a session nothing is served anyhow."""
-        return self._session is None or self._session.alive()
-
     async def run(self) -> None:
         """Member until cancelled. Cancelled, the cluster is left in order.
 
@@ -97,6 +92,7 @@ class SessionKeeper(ABC):
                 joined = True
             finally:
                 self._session = None
+                self.state.alive = always
                 self._older = []
                 self._stop_serving()
                 self._ended()
@@ -111,6 +107,7 @@ class SessionKeeper(ABC):
 
     async def _serve(self, session: ClusterSession, more: list[bytes]) -> None:
         self._session = session
+        self.state.alive = session.alive
         self.position = self.done = 0
         self._queue.clear()
         async with anyio.create_task_group() as tasks:

@@ -131,25 +131,30 @@ class Shards:
 
     def write(self, key: ShardKey, offset: int, data: Buffer, done: Done) -> None:
         """Bytes of an existing shard are replaced."""
-        if self.gate is not None and self._gated(key, done):
-            return
-        store = self.store
-        small = len(data) <= INLINE_BYTES_MAX
-        if small and ((self._direct and is_data(key[0])) or not store.ready(key)):
-            self._write_waiting(key, offset, data, done)
-            return
-        if small and key not in self._lanes:
-            try:
-                store.write(key, data, offset_bytes=offset, durable=False)
-            except SheepdogError as error:
-                done(self._failed(error), None)
-                return
-            if self.durable:
-                self._add_to_commit(key, done)
+        result = self.try_write(key, offset, data)
+        if result is None:
+            if len(data) <= INLINE_BYTES_MAX:
+                self._write_waiting(key, offset, data, done)
             else:
-                done(0, None)
-            return
-        self.write_plainly(key, offset, data, done)
+                self.write_plainly(key, offset, data, done)
+        elif result or not self.durable:
+            done(result, None)
+        else:
+            self.commit(key, done)
+
+    def try_write(self, key: ShardKey, offset: int, data: Buffer) -> int | None:
+        """Bytes of an existing shard are replaced, if that waits for nothing. ``None``: it would, and is for ``write``.
+
+        The data path's short cut past callbacks. Where answers mean durable data, ``commit`` has to follow.
+        """
+        if self.gate is not None and self.gate(key):
+            return Result.NETWORK_ERROR
+        if len(data) > INLINE_BYTES_MAX or key in self._lanes or (self._direct and is_data(key[0])):
+            return None
+        try:
+            return 0 if self.store.try_write(key, data, offset_bytes=offset) else None
+        except SheepdogError as error:
+            return self._failed(error)
 
     def write_plainly(self, key: ShardKey, offset: int, data: Buffer, done: Done) -> None:
         """As ``write``, always on a worker thread: the store may have to flush something first."""
@@ -172,7 +177,7 @@ class Shards:
             if result or not self.durable:
                 done(result, value)
             else:
-                self._add_to_commit(key, done)
+                self.commit(key, done)
 
         self._change(key, lambda: store.write(key, data, offset_bytes=offset, durable=False), written)
 
@@ -346,7 +351,8 @@ class Shards:
 
         self._executor.submit(work, finished)
 
-    def _add_to_commit(self, key: ShardKey, done: Done) -> None:
+    def commit(self, key: ShardKey, done: Done) -> None:
+        """``done(result, None)`` when what was written to the shard is durable; flushes are shared."""
         self._commit.setdefault(key, []).append(done)
         self._commits.add()
 

@@ -180,7 +180,6 @@ class Sheep:
         )  # fmt: skip
         self.dispatcher.task(SCRUB, self.scrubber.serve, force=True)
         self.operations.coherence = Coherence(self.state, self.control.coherence, self.spawn, self.outbox)
-        self.gateway.alive = lambda: self.control.membership.alive
         self.recovery.ring_of = self.control.epoch_ring
         self.recovery.announce = self.control.announce_recovered
         self.volumes = GatewayVolumes(self.gateway, self.control, self.spawn)
@@ -252,7 +251,7 @@ class Sheep:
                     await listener.aclose()
                 with anyio.move_on_after(DRAIN_S):
                     # What waits to be tried again will not be: its client resends it to another sheep.
-                    while self.stats.gateway_active > self.gateway.waiting or self.dispatcher.tasks_active:
+                    while self.stats.gateway.active > self.gateway.waiting or self.dispatcher.tasks_active:
                         await anyio.sleep(0.01)
                 tasks.cancel_scope.cancel()
             self.server.close()

@@ -14,6 +14,11 @@ from sheepdog.model.node import Node
 from sheepdog.model.ring import Ring
 
 
+def always() -> bool:
+    """While nobody says otherwise."""
+    return True
+
+
 class SheepState:
     """The shared state of one daemon. Observers are called, on the loop, right after ``install`` swapped the view."""
 
@@ -30,6 +35,9 @@ class SheepState:
         self.recovery_disabled = False
         self.has_served = False  # was OK at least once: requests then wait for a re-join instead of being refused
         self.joining = True  # not yet heard what the cluster is doing: object requests wait for that
+        self.alive: Callable[[], bool] = always
+        """Whether our membership certainly stands: nobody can have seen our ``Left`` yet. Until it does, nothing is
+        served. Without a session nothing is anyhow."""
         self.members: tuple[Node, ...] = ()  # oldest first
         self.ring = Ring(())
         self.vdis = VdiTable()

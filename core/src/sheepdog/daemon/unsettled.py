@@ -24,15 +24,11 @@ from typing import TypeAlias
 from sheepdog.daemon.recovery_notes import Notes
 
 SEQUENCE_MASK = 0xFFFFFFFF
+HALF = 0x80000000  # of two numbers the one less than this behind the other is the older, across the wrap
 LOG_MAX = 1 << 14  # per connection; what does not fit is settled without need
 
 # (sequence number, oid) in the order they were applied
 AppliedLog: TypeAlias = deque[tuple[int, int]]
-
-
-def _before(a: int, b: int) -> bool:
-    """Whether sequence number ``a`` comes before ``b``, across the wrap."""
-    return 0 < ((b - a) & SEQUENCE_MASK) < 0x80000000
 
 
 class _EveryObject(dict[int, None]):
@@ -98,7 +94,7 @@ class Unsettled:
 
     def applied(self, log: AppliedLog, sequence: int, oid: int, low_water: int) -> None:
         """A change comes over the connection that ``log`` belongs to. Called before it is applied."""
-        while log and _before(log[0][0], low_water):
+        while log and 0 < (low_water - log[0][0]) & SEQUENCE_MASK < HALF:
             log.popleft()
         if sequence:
             if oid not in self._noted:

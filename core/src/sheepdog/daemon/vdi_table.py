@@ -18,25 +18,27 @@ from sheepdog.model.vid_bitmap import VidBitmap
 class VdiTable:
     """All known volumes."""
 
-    __slots__ = ("_schemes", "_snapshots", "_states", "deleted", "in_use", "shift_max")
+    __slots__ = ("_states", "deleted", "in_use", "schemes", "shift_max", "snapshots")
 
     def __init__(self) -> None:
         self.in_use = VidBitmap()
         self.deleted = VidBitmap()
         self._states: dict[int, VdiState] = {}
-        self._schemes: dict[int, tuple[int, int, int]] = {}
-        self._snapshots: set[int] = set()
+        self.schemes: dict[int, tuple[int, int, int]] = {}
+        """(copies, copy policy, block size shift) of known volumes, for the data path to look up."""
+        self.snapshots: set[int] = set()
+        """Volumes of which the data objects must not change any more. For the data path as well."""
         self.shift_max = 0  # of the objects of any volume that was ever known since the last format
 
     # ---- data path
 
     def scheme_of(self, vid: int) -> tuple[int, int, int] | None:
         """(copies, copy policy, block size shift) of a known volume; ``None``: use the defaults of the cluster."""
-        return self._schemes.get(vid)
+        return self.schemes.get(vid)
 
     def readonly(self, vid: int) -> bool:
         """Whether data objects of this volume must not change any more, because it is a snapshot."""
-        return vid in self._snapshots
+        return vid in self.snapshots
 
     # ---- control plane
 
@@ -55,12 +57,12 @@ class VdiTable:
         """``state`` replaces what was known of its vid; the bitmaps stay."""
         vid = state.vid
         self._states[vid] = state
-        self._schemes[vid] = (state.copies, state.copy_policy, state.block_size_shift)
+        self.schemes[vid] = (state.copies, state.copy_policy, state.block_size_shift)
         self.shift_max = max(self.shift_max, min(state.block_size_shift, BLOCK_SIZE_SHIFT_MAX))
         if state.snapshot:
-            self._snapshots.add(vid)
+            self.snapshots.add(vid)
         else:
-            self._snapshots.discard(vid)
+            self.snapshots.discard(vid)
 
     def use(self, vid: int) -> None:
         """The number is taken."""
@@ -79,17 +81,17 @@ class VdiTable:
         self.in_use.discard(vid)
         self.deleted.discard(vid)
         self._states.pop(vid, None)
-        self._schemes.pop(vid, None)
-        self._snapshots.discard(vid)
+        self.schemes.pop(vid, None)
+        self.snapshots.discard(vid)
 
     def clear(self) -> None:
         """Format: no volume exists."""
         self.in_use.clear()
         self.deleted.clear()
         self._states.clear()
-        self._schemes.clear()
+        self.schemes.clear()
         self.shift_max = 0
-        self._snapshots.clear()
+        self.snapshots.clear()
 
     def merge(self, states: Iterable[VdiState]) -> None:
         """What another sheep knows is added by union: a volume known anywhere is used, one deleted anywhere is deleted,

@@ -19,6 +19,8 @@ ATTRIBUTE_BIT = 1 << 61
 BTREE_BIT = 1 << 60
 LEDGER_BIT = 1 << 59
 TYPE_BITS = INODE_BIT | VMSTATE_BIT | ATTRIBUTE_BIT | BTREE_BIT | LEDGER_BIT
+REPLICATED_BITS = INODE_BIT | BTREE_BIT | LEDGER_BIT
+SPARSE_BITS = INODE_BIT | LEDGER_BIT
 
 VID_SHIFT = 32
 VID_MASK = (1 << 24) - 1
@@ -104,12 +106,12 @@ def is_ledger(oid: int) -> bool:
 
 def always_replicated(oid: int) -> bool:
     """Inodes, B-tree nodes and ledgers are whole copies even in erasure-coded VDIs."""
-    return bool(oid & (INODE_BIT | BTREE_BIT | LEDGER_BIT))
+    return bool(oid & REPLICATED_BITS)
 
 
 def is_sparse(oid: int) -> bool:
     """Inodes and ledgers: zeros in them need no disk space."""
-    return bool(oid & (INODE_BIT | LEDGER_BIT))
+    return bool(oid & SPARSE_BITS)
 
 
 def object_bytes(oid: int, block_size_shift: int) -> int:

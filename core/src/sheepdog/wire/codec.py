@@ -50,7 +50,6 @@ class Decoder(Generic[F]):
         "_buffer",
         "_end",
         "_frame",
-        "_has_body",
         "_larger",
         "_place",
         "_start",
@@ -62,13 +61,11 @@ class Decoder(Generic[F]):
     def __init__(
         self,
         unpack: Callable[[memoryview, int], F],
-        has_body: Callable[[F], bool],
         body_bytes_max: int,
         larger: Callable[[], int] | None,
         place: Place[F] | None = None,
     ) -> None:
         self._unpack: Callable[[memoryview, int], F] = unpack
-        self._has_body: Callable[[F], bool] = has_body
         self.body_bytes_max = body_bytes_max
         self._larger = larger
         self._place: Place[F] | None = place
@@ -105,14 +102,14 @@ class Decoder(Generic[F]):
             return frames
         self._end += count
         start, end = self._start, self._end
-        view, unpack, has_body = self._view, self._unpack, self._has_body
+        view, unpack = self._view, self._unpack
         while end - start >= HEADER_BYTES:
             frame = unpack(view, start)
-            if not has_body(frame):
+            length = frame.data_length
+            if not length or not frame.flags & FLAG_WRITE:
                 start += HEADER_BYTES
                 frames.append(frame)
                 continue
-            length = frame.data_length
             if length > self.body_bytes_max and (self._larger is None or length > self._larger()):
                 raise ProtocolError(f"a body of {length} bytes is announced, at most {self.body_bytes_max} are allowed")
             body_start = start + HEADER_BYTES
@@ -149,14 +146,6 @@ class Decoder(Generic[F]):
         return frames
 
 
-def _request_has_body(request: Request) -> bool:
-    return bool(request.flags & FLAG_WRITE) and request.data_length > 0
-
-
-def _response_has_body(response: Response) -> bool:
-    return response.data_length > 0
-
-
 def request_decoder(
     body_bytes_max: int = BODY_BYTES_MAX, *, larger: Callable[[], int] | None = None
 ) -> Decoder[Request]:
@@ -164,7 +153,7 @@ def request_decoder(
 
     :param larger: the size of the largest object that there can be at this moment.
     """
-    return Decoder(unpack_request, _request_has_body, body_bytes_max, larger)
+    return Decoder(unpack_request, body_bytes_max, larger)
 
 
 def response_decoder(
@@ -177,4 +166,4 @@ def response_decoder(
 
     :param place: where a large body is received to; a small one is never asked about.
     """
-    return Decoder(unpack_response, _response_has_body, body_bytes_max, larger, place)
+    return Decoder(unpack_response, body_bytes_max, larger, place)

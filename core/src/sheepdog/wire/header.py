@@ -8,7 +8,7 @@ protocol, sections 3 and 4.
 from __future__ import annotations
 
 from struct import Struct
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -126,6 +126,8 @@ class Response:
     """One response. ``variant`` holds the 28 bytes behind the result."""
 
     __slots__ = ("body", "data_length", "epoch", "id", "opcode", "result", "variant")
+
+    flags: ClassVar[int] = FLAG_WRITE  # whatever the header says: the data that it announces follows
 
     def __init__(
         self,
