@@ -30,6 +30,7 @@ from sheepdog.daemon.control import Control
 from sheepdog.daemon.dispatch import Dispatcher
 from sheepdog.daemon.fencing import Fences
 from sheepdog.daemon.gateway import Gateway
+from sheepdog.daemon.memory import give_back, keep_freed
 from sheepdog.daemon.objects import ObjectAccess
 from sheepdog.daemon.outbox import Outbox
 from sheepdog.daemon.peer import ObjectOperations
@@ -66,6 +67,7 @@ logger = logging.getLogger(__name__)
 
 TICK_S = 0.05
 DRAIN_S = 10.0  # requests in flight get this long to end when the sheep stops
+REST_S = 30.0  # without requests
 WORKERS_MAX = 16
 
 
@@ -94,6 +96,7 @@ class SheepParts:
     notes: Notes = field(default_factory=Notes)
     started: Callable[[], None] = lambda: None
     scrub_notes: ScrubNotes = field(default_factory=ScrubNotes)
+    resting: Callable[[], None] = lambda: None  # called on a worker thread, when no request came for a while
 
 
 class Sheep:
@@ -233,6 +236,7 @@ class Sheep:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self.spawn.run)
                 tasks.start_soon(self._tick)
+                tasks.start_soon(self._rest)
                 tasks.start_soon(self.recovery.run)
                 tasks.start_soon(self.settler.run)
                 tasks.start_soon(self.scrubber.run)
@@ -275,6 +279,16 @@ class Sheep:
                 self.fences.tick(now)
                 self.progress.tick()
 
+    async def _rest(self) -> None:
+        """Large buffers are kept for the next requests only as long as there are some."""
+        served = rested = 0
+        while True:
+            await anyio.sleep(REST_S)
+            before, served = served, self.stats.requests()
+            if served == before != rested:
+                rested = served
+                await self.parts.services.executor.run(self.parts.resting)
+
 
 # ---- the process
 
@@ -286,6 +300,7 @@ def main(config: SheepConfig, started: Callable[[], None] = lambda: None) -> int
     """
     from sheepdog import plugins
 
+    keep_freed()
     try:
         driver = plugins.make_cluster_driver(config.cluster, config.base)
         front_ends = [plugins.make_front_end(front.name, front.options) for front in config.front_ends]
@@ -428,6 +443,7 @@ async def _run_sheep(
             notes=notes,
             started=started,
             scrub_notes=ScrubNotes(config.base),
+            resting=give_back,
         )
         sheep = Sheep(me, config, parts)
         async with anyio.create_task_group() as tasks:
