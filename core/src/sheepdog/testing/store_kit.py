@@ -121,6 +121,26 @@ class StoreKit(DiskChecks):
         assert get(store, KEY) == whole
         assert get(store, INODE) == inode
 
+    @pytest.mark.parametrize(("offset", "length"), [(4 * KiB, 4 * KiB), (0, 512), (7, 10_000), (60 * KiB, 4 * KiB)])
+    def test_try_write(self, store: ObjectStore, offset: int, length: int) -> None:
+        """Either the bytes are replaced, or the answer says that nothing happened; in either case ``write`` goes on."""
+        put(store, KEY, content(1, 64 * KiB))
+        for turn in range(3):
+            expected = bytearray(get(store, KEY))
+            data = content(10 + turn, length)
+            if store.try_write(KEY, data, offset_bytes=offset):
+                expected[offset : offset + length] = data
+            assert get(store, KEY) == expected
+            store.write(KEY, data[::-1], offset_bytes=offset, durable=False)
+            expected[offset : offset + length] = data[::-1]
+            assert get(store, KEY) == expected
+
+        try:
+            assert not store.try_write(OTHER, b"x", offset_bytes=0)
+        except ObjectNotFound:
+            pass
+        assert list(store.keys()) == [KEY]
+
     @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
     def test_data_is_lent(self, store: ObjectStore, kind: type[bytes] | type[bytearray] | type[memoryview]) -> None:
         """Any bytes-like data will do, and changing it after the call changes nothing in the store."""
