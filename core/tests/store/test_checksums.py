@@ -262,10 +262,14 @@ def test_failed_write(tmp_path):
 
     with pytest.raises(StoreError):
         store.write(KEY, content(2, 2 * BLOCK), offset_bytes=0, durable=False)
+    with pytest.raises(StoreError):
+        store.try_write(KEY, content(3, BLOCK), offset_bytes=4 * BLOCK)
 
     assert get(store, KEY)[:BLOCK] == content(2, 2 * BLOCK)[:BLOCK]
     assert not store.verify(KEY, offset_bytes=0, length_bytes=BLOCK).complete
     assert store.verify(KEY, offset_bytes=2 * BLOCK, length_bytes=BLOCK).complete
+    assert get(store, KEY)[4 * BLOCK : 4 * BLOCK + 100] == content(3, BLOCK)[:100]
+    assert not store.verify(KEY, offset_bytes=4 * BLOCK, length_bytes=BLOCK).complete
 
 
 def test_reading_beside_writes(store):
