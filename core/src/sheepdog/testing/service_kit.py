@@ -145,24 +145,39 @@ class ServersKit:
     @timing_bound
     @pytest.mark.anyio
     async def test_restart(self, start_servers: StartServers) -> None:
-        """A short restart of the only server costs time: same sessions, same order, nothing is lost or repeated."""
+        """A short restart of the only server, while all talk, costs time: same sessions, same order, nothing is lost or
+        repeated, whether it was on its way when the server stopped or was said while it was not there."""
         servers = await run_sync(start_servers, 1)
         only = servers.servers[0]
+        back = anyio.Event()
+        said: list[list[bytes]] = [[], []]
+
+        async def talk(member: SessionMember, words: list[bytes]) -> None:
+            while not back.is_set() or len(words) < 5:
+                words.append(b"%d of %d" % (len(words), member.node.id.port))
+                await member.broadcast(words[-1])
+
         async with anyio.create_task_group() as tasks:
             members = await start_members(tasks, 2, lambda: servers.all(LONG_S))
-            await settle(members, b"before")
-            await run_sync(only.stop)
             async with anyio.create_task_group() as talking:
-                talking.start_soon(members[0].broadcast, b"meanwhile")
+                for member, words in zip(members, said, strict=True):
+                    talking.start_soon(talk, member, words)
+                await members[0].until(lambda: len(payloads(members[0])) >= 4, PATIENCE_S)
+                await run_sync(only.stop)
                 await run_sync(only.start)
                 await run_sync(only.wait)
+                back.set()
             await settle(members, b"after")
             late = SessionMember(kit_node(2))
             await late.start(tasks, servers.all(LONG_S), b"")
             await settle([*members, late], b"mark")
             tasks.cancel_scope.cancel()
 
-        assert payloads(members[1]) == [b"before", b"meanwhile", b"after", b"mark"]
+        for member, words in zip(members, said, strict=True):
+            port = b" of %d" % member.node.id.port
+            assert [payload for payload in payloads(members[0]) if payload.endswith(port)] == words
+            assert member.lost is None
+        assert len(payloads(members[0])) == len(said[0]) + len(said[1]) + 2
         assert_one_order([*members, late], b"mark")
 
     @timing_bound
