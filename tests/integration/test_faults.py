@@ -95,6 +95,7 @@ def cluster(start_cluster: Start, tmp_path_factory: pytest.TempPathFactory) -> S
     return cluster
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("fault", PROCESSES, ids=lambda fault: fault.name)
 def test_processes(cluster: SheepCluster, fault: Fault) -> None:
     """Processes and disks come, go and hang (MEM-15, MEM-24, REC-1, REC-19, REC-22, MD-9, MD-10)."""
@@ -160,6 +161,7 @@ def on_small_disk(
             cluster.stop(sheep.index)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("fault", DISKS, ids=lambda fault: fault.name)
 def test_disks(on_small_disk: tuple[SheepCluster, loop_disk.LoopDisk, loop_disk.LoopDisk], fault: Fault) -> None:
     """Disks are full, fail or turn read-only (MD-3, MD-4, MD-7, MD-13, MD-15)."""
