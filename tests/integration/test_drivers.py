@@ -256,6 +256,76 @@ def test_raft_majority_dies(sheep_cluster):
     assert [read(cluster, node) == DATA for node in range(3)] == [True] * 3
 
 
+def raft_list(base, servers, count):
+    """Addresses of Raft servers, and the options that all sheep have."""
+    base.mkdir(exist_ok=True)
+    (base / "secret").write_text("secret")
+    addresses = [f"{HOST}:{port}" for port in services.hold_ports(count, servers)]
+    return addresses, f"timeout=2000,password-file={base}/secret"
+
+
+def test_raft_join_by_any_member(tmp_path, servers):
+    """A sheep that was told only of one that does not vote joins by it, and does not need it any more afterwards.
+
+    Of a longer list only the first few vote. Who is told of several, some of them dead, joins by any.
+    """
+    (voter, follower, dead), options = raft_list(tmp_path, servers, 3)
+    everybody = f"raft:{voter},{follower},voters=1,{options}"
+    cluster = SheepCluster(3, driver="raft", base=tmp_path / "sheep")
+    servers.callback(cluster.close)
+    cluster._specs = [
+        f"{everybody},self={voter}",
+        f"{everybody},self={follower}",
+        f"raft:{follower},self=none,{options}",
+    ]
+    cluster.start()
+    fill(cluster)
+    roles = [driver_status(cluster, node)["status"] for node in range(3)]
+    cluster.kill(1)
+    cluster.pause(2)
+    wait_until(lambda: len(cluster.members(0)) == 1, "both to be missed")
+    cluster.resume(2)
+    cluster.wait_recovered()
+    rejoined = read(cluster, 2)
+    cluster._specs[2] = f"raft:{dead},{follower},{voter},self=none,{options}"
+    cluster.restart(2)
+    cluster.restart(1)
+
+    assert [(status["role"], status["voters"]) for status in roles] == [
+        (r, voter) for r in ("voter", "follower", "follower")
+    ]
+    assert [status["answers_at"] for status in roles] == [voter, follower, None]
+    assert rejoined == DATA and [read(cluster, node) == DATA for node in range(3)] == [True] * 3
+
+
+def test_raft_voter_replaced(tmp_path, servers):
+    """A host with a voter is lost for ever, and another one takes its place: the cluster serves, and afterwards it
+    survives the loss of yet another voter."""
+    (*voters, new), options = raft_list(tmp_path, servers, 4)
+    old_list, new_list = ",".join(voters), ",".join([*voters[:2], new])
+    cluster = SheepCluster(4, driver="raft", base=tmp_path / "sheep")
+    servers.callback(cluster.close)
+    cluster._specs = [f"raft:{old_list},{options},self={own}" for own in voters] + [
+        f"raft:{old_list},{options},self=none"
+    ]
+    cluster.start()
+    fill(cluster)
+    cluster.kill(2)
+    cluster.wait_recovered()
+    cluster.stop(3)
+    cluster._specs[:2] = [f"raft:{new_list},{options},self={own}" for own in voters[:2]]
+    cluster._specs[3] = f"raft:{new_list},{options},self={new}"
+    for index in (0, 1, 3):
+        cluster.restart(index)
+    cluster.wait_recovered()
+    status = driver_status(cluster, 3)["status"]
+    cluster.kill(0)
+    cluster.wait_recovered()
+
+    assert (status["role"], status["voters"]) == ("voter", new_list)
+    assert [read(cluster, node) == DATA for node in (1, 3)] == [True] * 2
+
+
 @ALL
 def test_stopped_sheep_returns(sheep_cluster, driver):
     """A stopped process is left behind by the others, which go on; awake it joins again before it serves."""

@@ -30,23 +30,15 @@ from sheepdog.api import (
     ServiceDriver,
     ServiceSession,
 )
+from sheepdog_cluster_raft.asking import agreed_voters, ask_voters
 from sheepdog_cluster_raft.options import RaftOptions
-from sheepdog_cluster_raft.server import (
-    ASK_S,
-    Applied,
-    Kind,
-    Server,
-    agreed_voters,
-    beat_entry,
-    death_entry,
-    record_entry,
-    voters_of,
-)
+from sheepdog_cluster_raft.server import Applied, Kind, Server, beat_entry, death_entry, record_entry
 
 logger = logging.getLogger(__name__)
 
 ANSWER_TIMEOUT_S = 1.0  # of one attempt to append; a leader that died never answers
 RETRY_DELAY_S = 0.05
+ASK_AGAIN_S = 0.2
 BACKLOG_MAX = 10_000  # entries that wait for the caller of events()
 
 
@@ -59,9 +51,10 @@ class RaftDriver(ServiceDriver):
         super().__init__()
         self.options = options
         self.detection_s = detection_s(options.timeout_s)
+        self._known: list[str] = []  # the voters of the last session; who is in the list may be gone since
 
     def session(self, me: Node) -> RaftSession:
-        return RaftSession(self.options, me, self.ended)
+        return RaftSession(self.options, me, self.ended, self._known)
 
 
 def detection_s(timeout_s: float) -> float:
@@ -73,9 +66,11 @@ class RaftSession(ServiceSession):
 
     disconnect_limit_s = 10.0  # what was started must be stopped: the next session wants the same port and directory
 
-    def __init__(self, options: RaftOptions, me: Node, ended: set[bytes]) -> None:
+    def __init__(self, options: RaftOptions, me: Node, ended: set[bytes], known: list[str]) -> None:
+        """``known``: voters of an earlier session, which may be asked; those of this one take their place."""
         super().__init__(me, f"raft {options.text}", options.timeout_s, ended)
         self._options = options
+        self._known = known
         self._server: Server | None = None
         self._position: int | None = None  # of the last entry seen; none before our join
         self._backlog: deque[Applied] = deque()
@@ -87,6 +82,7 @@ class RaftSession(ServiceSession):
         self._judging_since_s = float("inf")
         self._latest: Applied | None = None  # the last entry applied here before our join
         self._joining: anyio.CancelScope | None = None  # ends the attempt to join
+        self._trouble = ""  # what it waits for, if that is not the leader
         self._differs: set[bytes] = set()  # members whose copy of the log was not like ours when they told last
 
     # -- joining and leaving ------------------------------------------------------------------------------------
@@ -97,36 +93,43 @@ class RaftSession(ServiceSession):
 
     async def begin(self, tasks: anyio.abc.TaskGroup, greeting: bytes) -> None:
         options = await anyio.to_thread.run_sync(self._options.placed, self.me.id.host)
-        self._options = agreed_voters(options, await self._ask(options))
-        self.service = f"raft {self._options.text}"
-        self._server = Server(self._options)
-        # not abandoned: what was started must be stopped
-        await anyio.to_thread.run_sync(self._server.start, self._applied)
-        tasks.start_soon(self.follow)
-        with anyio.move_on_after(self._options.connect_timeout_s) as self._joining:
+        with anyio.move_on_after(options.connect_timeout_s) as self._joining:
+            self._options = await self._agreed(options)
+            self._known[:] = self._options.voters
+            self.service = f"raft {self._options.text}"
+            self._server = Server(self._options)
+            # not abandoned: what was started must be stopped
+            await anyio.to_thread.run_sync(self._server.start, self._applied)
+            tasks.start_soon(self.follow)
             await self.enter(greeting)
         if self._joining.cancelled_caught:
             raise ClusterUnavailable(
-                f"no raft leader among {self._options.text} answers; do most of them run, with the same secret?"
+                self._trouble
+                or f"no raft leader among {self._options.text} answers; do most of them run, with the same secret?"
             )
         tasks.start_soon(self.beat)
 
-    @staticmethod
-    async def _ask(options: RaftOptions) -> list[list[str]]:
-        """What the voters that run go by."""
-        answers: list[list[str]] = []
+    async def _agreed(self, options: RaftOptions) -> RaftOptions:
+        """With the voters that run.
 
-        async def ask(address: str) -> None:
-            answer = await anyio.to_thread.run_sync(voters_of, address, options.password, abandon_on_cancel=True)
-            if answer is not None:
-                answers.append(answer)
+        Who does not vote waits until there are any. Who votes waits until all that run count on its vote: those that do
+        not would not talk to it, and its elections would only disturb them.
 
-        with anyio.move_on_after(ASK_S + 0.5):
-            async with anyio.create_task_group() as asking:
-                for address in options.peers:
-                    if address != options.self_address:
-                        asking.start_soon(ask, address)
-        return answers
+        :raises ConfigError: we do not fit them.
+        """
+        while True:
+            lists = await ask_voters([*options.peers, *self._known], options)
+            agreed = await anyio.to_thread.run_sync(agreed_voters, options, lists)
+            others = next((one for one in lists if options.votes and options.self_address not in one), None)
+            if others is not None:
+                self._trouble = (
+                    f"the raft voters that run go by {','.join(others)}, without {options.self_address}; start them "
+                    f"with the new list {options.text} first, one after the other, and this one afterwards"
+                )
+            elif lists or options.votes:
+                self._trouble = ""
+                return agreed
+            await anyio.sleep(ASK_AGAIN_S)
 
     async def enter(self, greeting: bytes, notes: tuple[int, ...] = ()) -> None:
         record = GroupState.join_record(GroupMember(self.id, self.me, notes), greeting)
@@ -316,6 +319,7 @@ class RaftSession(ServiceSession):
         return {
             "voters": self._options.text,
             "role": "voter" if self._options.votes else "follower",
+            "answers_at": self._options.answers_at,
             "state": "alive" if self.alive() else f"lost: {self.lost}" if self.lost else "no quorum",
             "members": len(self.state.members),
             **self._running.status(),

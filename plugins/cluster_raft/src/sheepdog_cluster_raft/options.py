@@ -25,12 +25,13 @@ class RaftOptions:
     """Who votes, and whether we do.
 
     :param peers: addresses of Raft servers. Those of a new cluster list the same ones everywhere; who joins a running
-        one may name any of its voters.
+        one may name any of its members.
     :param password: of the encrypted connections.
-    :param self_address: ours, ``none`` if we follow, ``auto`` if it is the one that has our host.
+    :param self_address: ours, ``none`` if it is not in the list, ``auto`` if it is the one that has our host.
     :param directory: where a voter keeps its vote and its log.
     :param timeout_s: after that long without a sign of life a member has left.
     :param voters_max: so many of the peers vote, the first ones; the others follow.
+    :param spare_address: where a sheep that is not in the list answers those who want to join by it.
     """
 
     peers: tuple[str, ...]
@@ -39,6 +40,7 @@ class RaftOptions:
     directory: str | None = None
     timeout_s: float = DEFAULT_TIMEOUT_MS / 1000
     voters_max: int = DEFAULT_VOTERS
+    spare_address: str | None = None
     connect_timeout_s: float = 10.0
     """How long a join waits for a leader."""
     election_s: float = 0.4
@@ -59,20 +61,32 @@ class RaftOptions:
         assert self.self_address != AUTOMATIC, "not placed yet"
         return self.self_address in self.voters
 
+    @property
+    def answers_at(self) -> str | None:
+        """Where we listen, for other voters or for those who want to join by us; to be asked of ``placed`` options."""
+        return self.spare_address if self.self_address == NONE else self.self_address
+
     def placed(self, host: str) -> RaftOptions:
         """The same for a sheep that announces ``host``: ``self_address`` is an address or ``none``. May ask the DNS.
 
-        :raises ConfigError: several voters have that host, or we vote and have no directory.
+        One that is not in the list has the port of the first that is: where all sheep have the same command line, all
+        of them answer at the same port.
+
+        :raises ConfigError: several peers have that host, or we vote and have no directory.
         """
         options = self
         if self.self_address == AUTOMATIC:
-            mine = [voter for voter in self.voters if _is_at(voter, host)]
+            mine = [peer for peer in self.peers if is_at(peer, host)]
             if len(mine) > 1:
                 raise ConfigError(
                     f"several raft voters are at our address {host}; say which one is this sheep: self={mine[0]}, "
                     "or self=none if it is another"
                 )
-            options = replace(self, self_address=mine[0] if mine else NONE)
+            if mine:
+                options = replace(self, self_address=mine[0])
+            else:
+                port = self.peers[0].rpartition(":")[2]
+                options = replace(self, self_address=NONE, spare_address=f"{host}:{port}")
         if options.votes and options.directory is None:
             raise ConfigError("a raft voter needs a directory for its vote and its log; say dir=PATH")
         return options
@@ -138,7 +152,8 @@ def _address(text: str) -> str:
     return text
 
 
-def _is_at(voter: str, host: str) -> bool:
+def is_at(voter: str, host: str) -> bool:
+    """Whether the voter has that host. May ask the DNS."""
     name = voter.rpartition(":")[0].strip("[]")
     with suppress(ValueError):
         return ipaddress.ip_address(name) == ipaddress.ip_address(host)

@@ -27,8 +27,8 @@ import os
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from pysyncobj import FAIL_REASON, SyncObj, SyncObjConf, replicated
 from sheepdog.api import PAYLOAD_BYTES_MAX, ClusterUnavailable, ConfigError, GroupState, RecordDamaged
 from sheepdog_cluster_raft.journal import DurableJournal, JournalDamaged, read_snapshot, write_snapshot
 from sheepdog_cluster_raft.options import RaftOptions
-from sheepdog_cluster_raft.transport import GuardedTransport
+from sheepdog_cluster_raft.transport import WHO_VOTES, GuardedTransport
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +54,6 @@ ENDED_MAX = 1024
 BATCH_BYTES = 8 * PAYLOAD_BYTES_MAX
 DIGEST_BYTES = 16
 DIGESTS_MAX = 4096  # entries that can be compared; a beat is applied long before so many others
-WHO_VOTES = "sheepdog_voters"  # the message that a voter answers with the list that it goes by
-ASK_S = 2.0
 
 pysyncobj.syncobj.createJournal = lambda journal: pysyncobj.journal.MemoryJournal() if journal is None else journal
 """We hand over a journal where the library expects the name of a file."""
@@ -145,11 +143,13 @@ class ReplicatedLog(SyncObj):  # type: ignore[misc]  # the library is not typed
         )
         others = [voter for voter in options.voters if voter != options.self_address]
         super().__init__(options.self_address if options.votes else None, others, conf, transportClass=GuardedTransport)
+        transport: Any = self._SyncObj__transport  # Any: the library is not typed
+        transport.setOnUtilityMessageCallback(WHO_VOTES, lambda _, answer: answer(list(options.voters), None))
         if self._journal is not None:
-            transport: Any = self._SyncObj__transport  # Any: the library is not typed
             transport.sync = self._journal.sync
-            transport.setOnUtilityMessageCallback(WHO_VOTES, lambda _, answer: answer(list(options.voters), None))
             self.addOnTickCallback(self._journal.sync)  # also where nobody is there to be sent anything
+        elif options.answers_at is not None:
+            transport.listen(options.answers_at)
 
     # -- snapshots ----------------------------------------------------------------------------------------------
 
@@ -267,39 +267,6 @@ class ReplicatedLog(SyncObj):  # type: ignore[misc]  # the library is not typed
                 del self.ended[next(iter(self.ended))]
         self.state = after
         return session, record
-
-
-def voters_of(address: str, password: str) -> list[str] | None:
-    """The voters that a running voter goes by; None if none answers there. Blocks for about ``ASK_S`` at most."""
-    utility = pysyncobj.utility.TcpUtility(password, timeout=ASK_S)
-    with contextlib.suppress(pysyncobj.utility.UtilityException, OSError):
-        answer = utility.executeCommand(address, [WHO_VOTES])
-        if isinstance(answer, list) and all(isinstance(voter, str) for voter in answer):
-            return answer
-    return None
-
-
-def agreed_voters(options: RaftOptions, answers: Sequence[list[str]]) -> RaftOptions:
-    """Our options, with what running voters say.
-
-    Who follows goes by them, and knows all of them from any. Who votes goes by its own list; to replace a voter, one
-    address is changed on one after the other, so two lists may differ in one, but not in more: two majorities would
-    have nobody in common.
-
-    :raises ConfigError: the lists differ too much.
-    """
-    if not options.votes:
-        peers = dict.fromkeys([voter for answer in answers for voter in answer] or options.voters)
-        return replace(options, peers=tuple(peers), voters_max=len(peers))
-    ours = set(options.voters)
-    for answer in answers:
-        theirs = set(answer)
-        if len(ours - theirs) > 1 or len(theirs - ours) > 1:
-            raise ConfigError(
-                f"the raft voters that run go by {','.join(answer)}, and this one was given {options.text}; change one "
-                "voter at a time"
-            )
-    return options
 
 
 def lock(directory: Path) -> int:
