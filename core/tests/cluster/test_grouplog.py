@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sheepdog.builtin.grouplog import GroupMember, GroupState, RecordDamaged
 from sheepdog.builtin.groupsession import EVENTS_MAX, GroupSession, Mailbox
-from sheepdog.contracts.cluster import Delivered, Joined, Left, Updated
+from sheepdog.contracts.cluster import PAYLOAD_BYTES_MAX, Delivered, Joined, Left, Updated
 from sheepdog.errors import SessionLost
 from sheepdog.testing.cluster_kit import assert_sound, kit_node
 
@@ -91,7 +91,10 @@ def test_meaningless(record):
         cbor2.dumps([1, 99, b"s"]),
         cbor2.dumps([1, 1, b"s"]),
         cbor2.dumps([1, 1, b"s", [b"s", b"short", [], 0], b""]),
+        cbor2.dumps([1, 1, session(2), [session(2), kit_node(2).pack(), [], 0], "words"]),
         cbor2.dumps([1, 3, session(1), "one", b""]),
+        cbor2.dumps([1, 3, session(1), 9, 5]),
+        GroupState.send_record(session(1), 9, bytes(PAYLOAD_BYTES_MAX + 1)),
         GroupState.update_record(session(1), 9, kit_node(2)),
         cbor2.dumps([1, 5, b"s"]),
     ],

@@ -21,7 +21,7 @@ from typing import Any
 
 import cbor2
 
-from sheepdog.api import Delivered, Event, Joined, Left, Node, SheepdogError, Updated
+from sheepdog.api import PAYLOAD_BYTES_MAX, Delivered, Event, Joined, Left, Node, SheepdogError, Updated
 
 RECORD_VERSION = 1
 
@@ -130,11 +130,11 @@ class GroupState:
         try:
             match kind:
                 case Kind.JOIN:
-                    member = _member(rest[0])
+                    member, greeting = _member(rest[0]), _payload(rest[1])
                     if session in self.members or self.named(member.node) is not None:
                         return None
                     self.members[session] = member
-                    return Joined(member.node, rest[1], self.view)
+                    return Joined(member.node, greeting, self.view)
                 case Kind.SNAPSHOT:
                     self.snapshot_at = max(self.snapshot_at, rest[0])
                     return None
@@ -148,8 +148,9 @@ class GroupState:
             if number <= known.number:
                 return None
             if kind is Kind.SEND:
+                payload = _payload(content)
                 self.members[session] = replace(known, number=number)
-                return Delivered(known.node.id, content)
+                return Delivered(known.node.id, payload)
             node = Node.unpack(content)
             if node.id != known.node.id:
                 raise RecordDamaged("an update changes an identity")
@@ -166,6 +167,12 @@ def _fields(member: GroupMember) -> list[Any]:  # Any: bytes and integers, as CB
 def _member(fields: list[Any]) -> GroupMember:  # Any: as above
     session, node, notes, number = fields
     return GroupMember(session, Node.unpack(node), tuple(notes), number)
+
+
+def _payload(content: Any) -> bytes:  # Any: what CBOR held
+    if not isinstance(content, bytes) or len(content) > PAYLOAD_BYTES_MAX:
+        raise ValueError("no payload")
+    return content
 
 
 def _parse(record: bytes) -> tuple[Kind, bytes, list[Any]]:  # Any: the fields of the kind
