@@ -57,9 +57,14 @@ def driver_status(cluster, node=0):
 
 
 def test_from_driver_to_driver(sheep_cluster, tmp_path, servers):
-    """A cluster that was shut down starts on another driver with the same epoch and data, and tells which it is."""
-    cluster = sheep_cluster(3, driver="local")
+    """A cluster that was shut down starts on another driver with the same epoch and data, and tells which it is.
+
+    A sheep of another cluster that is sent to the same place ends with a message, and changes nothing (MEM-9).
+    """
+    cluster, foreign = sheep_cluster(3, driver="local"), sheep_cluster(1, driver="local")
     fill(cluster)
+    foreign.format()
+    foreign.stop(0)
     epoch = cluster.epoch(0)
     local = cluster._specs
     for kind, name in (("zk", "zookeeper"), ("etcd", "etcd"), ("raft", "raft"), ("local", "local")):
@@ -70,7 +75,11 @@ def test_from_driver_to_driver(sheep_cluster, tmp_path, servers):
         for index in range(3):
             cluster.restart(index, wait=False)
         cluster.wait_recovered()
+        foreign._specs = [cluster._specs[0].partition(",self=")[0] + (",self=none" if kind == "raft" else "")]
+        foreign.restart(0, wait=False)
 
+        assert foreign.sheep[0].process.wait(END_S) == 1
+        assert "joining node ctime doesn't match" in foreign.sheep[0].log_tail()
         status = driver_status(cluster, 1)
         assert (status["driver"], status["session"], len(status["members"])) == (name, "alive", 3)
         assert status["round_trip_s"] > 0 and status["status"]["members"] == 3
