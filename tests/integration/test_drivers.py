@@ -392,6 +392,8 @@ def test_bad_options(tmp_path):
             ("etcd:", "no etcd endpoint"),
             ("raft:", "no raft voter"),
             ("zk:127.0.0.1:1/", "cluster id"),
+            ("zk:127.0.0.1:1/../x", "cannot be a path"),
+            ("zk:127.0.0.1:port", "invalid zookeeper server"),
             ("etcd:127.0.0.1:1/", "prefix"),
             ("raft:10.0.0.1:1,10.0.0.2:1", "password-file"),
             (f"raft:{HOST}:1,{HOST}:2,password-file={tmp_path}/secret", "several raft voters are at our address"),

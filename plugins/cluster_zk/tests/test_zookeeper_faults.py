@@ -86,6 +86,7 @@ async def wait_for(holds, within_s: float = PATIENCE_S) -> None:
         ("a:1,b:2,timeout=3000", (("a:1", "b:2"), "/sheepdog", 3.0)),
         ("[::1]:5/c,timeout=3000", (("[::1]:5",), "/c", 3.0)),
         ("[::1]", (("[::1]:2181",), "/sheepdog", 30.0)),
+        ("a:1//x//y/", (("a:1",), "/x/y", 30.0)),
     ],
 )
 def test_options(text, expected):
@@ -101,6 +102,14 @@ def test_options(text, expected):
         ("", "You must specify zookeeper servers"),
         (",timeout=5000", "You must specify zookeeper servers"),
         ("/x", "You must specify zookeeper servers"),
+        ("a:b", "invalid zookeeper server"),
+        ("a:1,b:65536", "invalid zookeeper server"),
+        ("::1", "invalid zookeeper server"),
+        (":1", "invalid zookeeper server"),
+        ("a:1/../x", "cannot be a path"),
+        ("a:1/x/./y", "cannot be a path"),
+        ("a:1/x\x01", "cannot be a path"),
+        ("a:1/zookeeper", "cannot be a path"),
         ("a:1,timeout=abc", "Invalid parameter for timeout"),
         ("a:1,timeout=5", "Invalid parameter for timeout"),
         ("a:1,speed=5", "unknown zookeeper option"),

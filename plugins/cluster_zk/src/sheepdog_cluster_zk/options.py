@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from sheepdog.api import ConfigError
 
 DEFAULT_ROOT = "/sheepdog"
+DEFAULT_PORT = 2181
 DEFAULT_TIMEOUT_MS = 30_000
 TIMEOUT_MS_MIN = 100
 TIMEOUT_MS_MAX = 3_600_000
+NO_SERVERS = "You must specify zookeeper servers."
 KEYS = "timeout, auth, auth-file, tls, ca, cert, key, verify"
 
 
@@ -46,8 +48,8 @@ class ZookeeperOptions:
     def parse(cls, text: str) -> ZookeeperOptions:
         """The options that ``text`` states.
 
-        :raises ConfigError: no server, a bad timeout, an unknown key, options that need others, or an
-            unreadable auth file.
+        :raises ConfigError: no server or a bad one, a path that cannot be, a bad timeout, an unknown key, options that
+            need others, or an unreadable auth file.
         """
         servers: list[str] = []
         root = DEFAULT_ROOT
@@ -60,13 +62,13 @@ class ZookeeperOptions:
                 raise ConfigError(f"zookeeper server {part!r} must stand before the options")
             else:
                 server, slash, path = part.partition("/")
-                servers.append(server)
+                if not server:
+                    raise ConfigError(NO_SERVERS)
+                servers.append(_server(server))
                 if slash:
-                    root = "/" + path.strip("/")
-        if not servers or not all(servers):
-            raise ConfigError("You must specify zookeeper servers.")
-        if root == "/":
-            raise ConfigError("the cluster id after the zookeeper servers is empty; give a path such as /sheepdog")
+                    root = _root(path)
+        if not servers:
+            raise ConfigError(NO_SERVERS)
         timeout_ms = DEFAULT_TIMEOUT_MS
         if "timeout" in values:
             text = values.pop("timeout")
@@ -82,7 +84,7 @@ class ZookeeperOptions:
         if auth is not None and ":" not in auth:
             raise ConfigError("zookeeper auth must be user:password")
         options = cls(
-            tuple(server if _has_port(server) else f"{server}:2181" for server in servers),
+            tuple(servers),
             root,
             timeout_ms / 1000,
             auth,
@@ -101,8 +103,24 @@ class ZookeeperOptions:
         return options
 
 
-def _has_port(server: str) -> bool:
-    return ":" in server.rpartition("]")[2]
+def _server(text: str) -> str:
+    """With its port."""
+    has_port = ":" in text.rpartition("]")[2]
+    host, _, port = (text if has_port else f"{text}:{DEFAULT_PORT}").rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    number = int(port) if port.isascii() and port.isdigit() else 0
+    if not host.strip("[]") or (":" in host and not bracketed) or not 0 < number < 65536:
+        raise ConfigError(f"invalid zookeeper server {text!r}; HOST[:PORT] is expected")
+    return f"{host}:{number}"
+
+
+def _root(path: str) -> str:
+    parts = [part for part in path.split("/") if part]
+    if not parts:
+        raise ConfigError("the cluster id after the zookeeper servers is empty; give a path such as /sheepdog")
+    if parts[0] == "zookeeper" or any(part in (".", "..") or not part.isprintable() for part in parts):
+        raise ConfigError(f"the cluster id /{path} cannot be a path of zookeeper; give one such as /sheepdog")
+    return "/" + "/".join(parts)
 
 
 def _flag(values: dict[str, str], key: str, default: bool) -> bool:
