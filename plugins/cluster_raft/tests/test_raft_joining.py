@@ -7,7 +7,6 @@ import socket
 import struct
 import threading
 from contextlib import ExitStack
-from dataclasses import replace
 
 import anyio
 import pytest
@@ -121,6 +120,29 @@ async def test_not_in_the_list(voter, ports):
         tasks.cancel_scope.cancel()
 
     assert (status["role"], status["answers_at"]) == ("follower", f"127.0.0.2:{port}")
+    assert_one_order([first, second], b"mark")
+
+
+@pytest.mark.anyio
+async def test_ipv6(tmp_path):
+    """Addresses may be of IPv6, in brackets."""
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as free:
+            port = free.getsockname()[1]
+    except OSError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    (tmp_path / "secret").write_text(SECRET)
+    options = f"[::1]:{port},password-file={tmp_path}/secret"
+    async with anyio.create_task_group() as tasks:
+        first = SessionMember(Node(NodeId.of("::1", 7000), 128, 0, 0))
+        await first.start(tasks, RaftDriver(RaftOptions.parse(options, str(tmp_path / "raft"))), b"")
+        second = SessionMember(kit_node(1))
+        await second.start(tasks, RaftDriver(RaftOptions.parse(options)), b"")
+        await settle([first, second], b"mark")
+        status = await first.status()
+        tasks.cancel_scope.cancel()
+
+    assert (status["role"], status["leader"]) == ("voter", f"::1:{port}")
     assert_one_order([first, second], b"mark")
 
 
@@ -239,7 +261,7 @@ def test_counted_on():
         agreed_voters(unlisted, [["10.0.0.1:7", "10.0.0.3:7"]])
 
     assert agreed_voters(unlisted, [["10.0.0.1:7"]]).voters == ("10.0.0.1:7",)
-    assert agreed_voters(replace(unlisted, spare_address=None), [["10.0.0.3:7"]]).voters == ("10.0.0.3:7",)
+    assert agreed_voters(RaftOptions(("10.0.0.9:1",), SECRET, "none"), [["10.0.0.3:7"]]).voters == ("10.0.0.3:7",)
 
 
 # -- an impostor --

@@ -35,7 +35,7 @@ def test_store_directory(secret):
 
 
 @pytest.mark.parametrize(
-    ("host", "voter"), [("10.0.0.2", "10.0.0.2:4"), ("10.0.0.9", "none"), ("::1", "[0:0::1]:4"), ("127.0.0.1", "none")]
+    ("host", "voter"), [("10.0.0.2", "10.0.0.2:4"), ("10.0.0.9", "none"), ("::1", "0:0::1:4"), ("127.0.0.1", "none")]
 )
 def test_same_options_everywhere(secret, host, voter):
     """A sheep is the voter that has the address that it announces, and follows if there is none."""
@@ -43,6 +43,23 @@ def test_same_options_everywhere(secret, host, voter):
 
     assert options.self_address == voter
     assert options.votes == (voter != "none")
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "expected"),
+    [
+        (THREE, "10.0.0.2", "10.0.0.2:4"),
+        (THREE, "10.0.0.9", "10.0.0.9:4"),
+        (f"{THREE},voters=1", "10.0.0.3", "10.0.0.3:4"),
+        (f"{THREE},listen=10.0.0.9:8", "10.0.0.9", "10.0.0.9:8"),
+        (f"{THREE},self=none", "10.0.0.2", None),
+        (f"{THREE},self=none,listen=10.0.0.2:8", "10.0.0.2", "10.0.0.2:8"),
+    ],
+)
+def test_where_it_listens(secret, text, host, expected):
+    """Everybody can be asked: where the list says, or where it is told to listen, or where it announces itself, at the
+    port of the first peer."""
+    assert RaftOptions.parse(f"{text},{secret}", "/store").placed(host).answers_at == expected
 
 
 def test_names(secret):
@@ -71,6 +88,7 @@ def test_first_few_vote(secret):
         (f"{THREE},timeout=10", "timeout"),
         (f"{THREE},voters=0", "invalid raft voters"),
         (f"{THREE},self=10.0.0.9:4", "none of the voters"),
+        (f"{THREE},listen=here", "HOST:PORT"),
         (f"{THREE},speed=1", "unknown raft option"),
         (f"timeout=3000,{THREE}", "before the options"),
     ],
@@ -98,7 +116,11 @@ def test_no_secret(voters, more, match):
 
 @pytest.mark.parametrize(
     ("text", "directory", "match"),
-    [("127.0.0.1:1,127.0.0.1:2", "/store", "self="), ("127.0.0.1:1", None, "dir=PATH")],
+    [
+        ("127.0.0.1:1,127.0.0.1:2", "/store", "self="),
+        ("127.0.0.1:1", None, "dir=PATH"),
+        ("127.0.0.1:1,listen=127.0.0.1:2", "/store", "not in the list"),
+    ],
 )
 def test_not_placed(secret, text, directory, match):
     """Where it cannot be known which voter we are, or where it keeps its vote, we are told what to say."""

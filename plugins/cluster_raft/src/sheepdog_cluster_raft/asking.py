@@ -100,4 +100,4 @@ def agreed_voters(options: RaftOptions, lists: Sequence[list[str]]) -> RaftOptio
 def _is_ours(voter: str, options: RaftOptions) -> bool:
     if voter == options.self_address:
         return True
-    return options.spare_address is not None and is_at(voter, options.spare_address.rpartition(":")[0])
+    return options.unlisted_host is not None and is_at(voter, options.unlisted_host)

@@ -17,7 +17,7 @@ DEFAULT_VOTERS = 5
 VOTERS_MAX = 15
 AUTOMATIC = "auto"
 NONE = "none"
-KEYS = "voters, self, dir, timeout, password-file"
+KEYS = "voters, self, listen, dir, timeout, password-file"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,8 @@ class RaftOptions:
     :param directory: where a voter keeps its vote and its log.
     :param timeout_s: after that long without a sign of life a member has left.
     :param voters_max: so many of the peers vote, the first ones; the others follow.
-    :param spare_address: where a sheep that is not in the list answers those who want to join by it.
+    :param listen: where a sheep that is not in the list answers those who want to join by it.
+    :param unlisted_host: ours, if that is why we hold ourselves for none of the list.
     """
 
     peers: tuple[str, ...]
@@ -40,7 +41,8 @@ class RaftOptions:
     directory: str | None = None
     timeout_s: float = DEFAULT_TIMEOUT_MS / 1000
     voters_max: int = DEFAULT_VOTERS
-    spare_address: str | None = None
+    listen: str | None = None
+    unlisted_host: str | None = None
     connect_timeout_s: float = 10.0
     """How long a join waits for a leader."""
     election_s: float = 0.4
@@ -64,7 +66,7 @@ class RaftOptions:
     @property
     def answers_at(self) -> str | None:
         """Where we listen, for other voters or for those who want to join by us; to be asked of ``placed`` options."""
-        return self.spare_address if self.self_address == NONE else self.self_address
+        return self.listen if self.self_address == NONE else self.self_address
 
     def placed(self, host: str) -> RaftOptions:
         """The same for a sheep that announces ``host``: ``self_address`` is an address or ``none``. May ask the DNS.
@@ -72,7 +74,8 @@ class RaftOptions:
         One that is not in the list has the port of the first that is: where all sheep have the same command line, all
         of them answer at the same port.
 
-        :raises ConfigError: several peers have that host, or we vote and have no directory.
+        :raises ConfigError: several peers have that host, we vote and have no directory, or we are in the list and were
+            told to listen elsewhere.
         """
         options = self
         if self.self_address == AUTOMATIC:
@@ -86,7 +89,13 @@ class RaftOptions:
                 options = replace(self, self_address=mine[0])
             else:
                 port = self.peers[0].rpartition(":")[2]
-                options = replace(self, self_address=NONE, spare_address=f"{host}:{port}")
+                listen = self.listen or f"{host}:{port}"
+                options = replace(self, self_address=NONE, listen=listen, unlisted_host=host)
+        if options.listen is not None and options.self_address != NONE:
+            raise ConfigError(
+                f"raft option listen= is for sheep that are not in the list; this one is {options.self_address} and "
+                "listens there"
+            )
         if options.votes and options.directory is None:
             raise ConfigError("a raft voter needs a directory for its vote and its log; say dir=PATH")
         return options
@@ -115,8 +124,11 @@ class RaftOptions:
         timeout_ms = _number(values, "timeout", DEFAULT_TIMEOUT_MS, TIMEOUT_MS_MIN, TIMEOUT_MS_MAX, " milliseconds")
         voters_max = _number(values, "voters", DEFAULT_VOTERS, 1, VOTERS_MAX, "")
         self_address = values.pop("self", AUTOMATIC)
+        if self_address not in (AUTOMATIC, NONE):
+            self_address = _address(self_address)
         if self_address not in (*peers, AUTOMATIC, NONE):
             raise ConfigError(f"raft option self={self_address} is none of the voters {','.join(peers)}")
+        listen = _address(values.pop("listen")) if "listen" in values else None
         directory = values.pop("dir", directory)
         secret = values.pop("password-file", None)
         if values:
@@ -134,6 +146,7 @@ class RaftOptions:
             os.path.abspath(directory) if directory is not None else None,
             timeout_ms / 1000,
             voters_max,
+            listen,
         )
 
 
@@ -146,15 +159,18 @@ def _number(values: dict[str, str], key: str, default: int, least: int, most: in
 
 
 def _address(text: str) -> str:
+    """As the library takes it: without the brackets of an IPv6 address."""
     host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ConfigError(f"invalid raft voter {text!r}; HOST:PORT is expected")
-    return text
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
+        raise ConfigError(f"invalid raft address {text!r}; HOST:PORT is expected")
+    return f"{host}:{port}"
 
 
 def is_at(voter: str, host: str) -> bool:
     """Whether the voter has that host. May ask the DNS."""
-    name = voter.rpartition(":")[0].strip("[]")
+    name = voter.rpartition(":")[0]
     with suppress(ValueError):
         return ipaddress.ip_address(name) == ipaddress.ip_address(host)
     with suppress(OSError, UnicodeError):
