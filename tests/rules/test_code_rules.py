@@ -127,6 +127,27 @@ def test_core_knows_no_plugin():
     assert offenders(sources, forbidden, type_checking=True) == []
 
 
+def test_core_is_tested_alone():
+    """Tests of core that cannot even be imported without a plugin are left out where core is installed alone."""
+    directory = CHECKOUT / "core" / "tests" / "daemon"
+    left_out = set(re.findall(r'"(test_\w+\.py)"', (directory / "conftest.py").read_text(encoding="utf-8")))
+
+    def wanted(path):
+        names = set()
+        for node in parse(path).body:  # what stands deeper is met when it is asked for
+            if isinstance(node, ast.ImportFrom):
+                names.add(node.module)
+            elif isinstance(node, ast.Import):
+                names.update(name.name for name in node.names)
+        return names.union(*(wanted(directory / f"{name}.py") for name in names if (directory / f"{name}.py").exists()))
+
+    plugins = {path.parent.name for path in (CHECKOUT / "plugins").glob("*/src/*/__init__.py")}
+    needing = {path.name for path in directory.glob("test_*.py") if wanted(path) & plugins}
+
+    assert plugins
+    assert needing - left_out == set()
+
+
 def test_pluggy_and_stevedore_have_one_home():
     """Both are used in ``sheepdog/plugins.py`` alone, so nothing else depends on how plugins are found."""
     sources = [path for path in files(".py") if path != CORE / "plugins.py" and "src" in path.parts]

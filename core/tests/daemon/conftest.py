@@ -18,6 +18,7 @@ collect_ignore = (
         "test_power_loss_files.py",
         "test_recovery.py",
         "test_recovery_settle.py",
+        "test_strip_store.py",
         "test_striped.py",
     ]
     if any(find_spec(name) is None for name in PLUGINS)
