@@ -126,7 +126,12 @@ def one_of_two_disks_fails(scene: Scene) -> None:
     second.unmount()  # what is still on it is not to be counted
 
 
-DISK_FAILED = (r"disk .* failed", r"cannot write .*recovery")
+DISK_FAILED = (
+    r"disk .* failed",
+    r"cannot write .*recovery",
+    r"journal: .*; going on without a journal",  # of strips
+    r"the journal file .* cannot be removed",
+)
 DISKS = (
     Fault(only_disk_fails, DISK_FAILED),
     Fault(only_disk_turns_read_only, DISK_FAILED),

@@ -21,6 +21,7 @@ from faults import PROCESSES, QUORUM, WIRES, Fault, Scene, spec_of
 from load import Load
 from scenes import MiB, pattern, read_all, write
 
+from sheepdog.daemon.strip_store import LOG_BYTES as STRIP_LOG_BYTES
 from sheepdog.testing import network
 from sheepdog.testing.cluster import SheepCluster
 from sheepdog.testing.services import missing_service
@@ -146,11 +147,15 @@ def test_quorum(wired_raft: SheepCluster, fault: Fault) -> None:
 def on_small_disk(
     start_cluster: Start, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[SheepCluster, loop_disk.LoopDisk, loop_disk.LoopDisk]]:
-    """Four sheep, the last one on a small file system, and another such file system."""
+    """Four sheep, the last one on a small file system, and another such file system.
+
+    The space for objects is the same with strips, whose log comes besides.
+    """
     _need(loop_disk.why_not())
     base = tmp_path_factory.mktemp("disks")
+    size = DISK_BYTES + (STRIP_LOG_BYTES * 9 // 8 if STRIPS else 0)  # an eighth of it is what ext4 needs for itself
     with (
-        loop_disk.LoopDisk(base / "sheep3", DISK_BYTES) as disk,
+        loop_disk.LoopDisk(base / "sheep3", size) as disk,
         loop_disk.LoopDisk(base / "disk3x", DISK_BYTES) as more,
     ):
         # the same share for everybody, however small its disk
