@@ -89,6 +89,9 @@ class Recovery(Protocol):
     def copies_changed(self, vid: int, before: int, after: int) -> None:
         """A volume has another number of copies, which recovery brings about."""
 
+    def volume_deleted(self) -> None:
+        """A volume is deleted for good: what it may have left behind is to be removed."""
+
     async def retire_all(self, epoch: int) -> None:
         """Every live shard of this sheep is in the stale area of ``epoch``: it may be outdated."""
 
@@ -102,7 +105,7 @@ class Recovery(Protocol):
         """The cluster was formatted: nothing is left to recover and no epoch was gathered yet."""
 
     async def cleanup(self) -> None:
-        """The stale area of this sheep is empty.
+        """The stale area of this sheep is emptied, as far as no other sheep needs what is in it.
 
         :raises RequestError: NODE_IN_RECOVERY.
         """

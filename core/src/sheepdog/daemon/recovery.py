@@ -26,7 +26,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import anyio
-from anyio.lowlevel import checkpoint
 
 from sheepdog.contracts.services import Clock, Executor
 from sheepdog.contracts.store import REPLICA, Buffer, ObjectStore, ShardKey
@@ -46,9 +45,10 @@ from sheepdog.daemon.recovery_settle import Mender, digest_at
 from sheepdog.daemon.recovery_wanted import Wanted
 from sheepdog.daemon.shards import Shards
 from sheepdog.daemon.state import SheepState
+from sheepdog.daemon.sweep import Sweeper
 from sheepdog.daemon.unsettled import Unsettled
 from sheepdog.errors import ObjectNotFound, RequestError, SheepdogError, StoreDeviceError
-from sheepdog.model.ids import is_data, is_sparse
+from sheepdog.model.ids import is_sparse
 from sheepdog.model.node import NodeId
 from sheepdog.model.ring import Ring
 from sheepdog.wire.extensions import SETTLE
@@ -119,6 +119,7 @@ class Recovery:
         self.mender: Mender | None = None
         self._aside: Aside | None = None
         self._purger: Purger | None = None
+        self.sweeper: Sweeper | None = None
         if shards is not None:
             self.finder.corrupt = lambda error: shards.corrupt(error)
             self._purger = Purger(
@@ -126,6 +127,7 @@ class Recovery:
             )
             self._aside = Aside(state, shards, placer, executor, self._index, self.finder.ring, self._in_lane)
             self.mender = Mender(self, self.finder, state, placer, shards, executor, outbox, spawn)
+            self.sweeper = Sweeper(self, state, placer, shards, executor, outbox, spawn)
             shards.removed = self._shard_removed
             shards.created = self._shard_created
             shards.before_flush = self._notes.flush
@@ -192,6 +194,11 @@ class Recovery:
         if after < before and self._aside is not None:
             self._aside.add((vid, after))
         self.membership_changed(self._state.ring, False)
+
+    def volume_deleted(self) -> None:
+        """What it left behind is to be removed."""
+        if self.sweeper is not None:
+            self.sweeper.soon()
 
     def membership_changed(self, old_ring: Ring, lifted: bool) -> None:
         """Recovery towards the present ring starts, or the running one is replaced."""
@@ -271,6 +278,10 @@ class Recovery:
             self._purge_soon(again)
         self._save_soon()
 
+    def whole(self) -> bool:
+        """Everybody has everything in the present epoch, as far as we know."""
+        return not self._active and not self._missing and self._progress.gathered == self._state.epoch
+
     def reset(self) -> None:
         """The cluster was formatted."""
         self._started = self._fresh = True
@@ -292,19 +303,20 @@ class Recovery:
         self._save_soon()
 
     async def cleanup(self) -> None:
-        """The stale area is empty.
+        """The stale area is emptied, unless some node turns out to need what is in it.
 
         :raises RequestError: NODE_IN_RECOVERY; some node may still need what is set aside here.
         """
-        if self._active or self._missing or self._progress.gathered != self._state.epoch:
+        if not self.whole():
             raise RequestError("the cluster is recovering", result=Result.NODE_IN_RECOVERY)
-        if self._purger is not None:
-            await self._purger.purge(self._generation)
+        # Another sheep may recover within the epoch that was gathered, and look for what is set aside here.
+        self._purge_soon(True)
 
     def _purge_soon(self, again: bool) -> None:
         """:param again: the epoch was gathered before, so that members without a cause since announce nothing."""
         if self._purger is not None:
             self._spawn(self._purger.purge_unneeded if again else self._purger.purge, self._generation)
+        self.volume_deleted()  # before, or while we recovered
 
     def _save_soon(self) -> None:
         self._spawn(self._executor.run, self._notes.save)
@@ -600,18 +612,9 @@ class Recovery:
         here, mine = await self._executor.run(lambda: (set(store.keys()), self._index.oids()))
         wanted.update(mine, (key.oid for key in here))
         self._progress.gathered = max(self._progress.gathered, await self._lister.gathered())
-        todo: list[ShardKey] = []
-        for number, oid in enumerate(sorted(wanted)):
-            if number % 512 == 511:
-                await checkpoint()  # others get their turn
-            placement = self._placer.placement(oid)
-            key = ShardKey(oid, REPLICA if placement.identical else placement.index)
-            if placement.local and key not in here and not self.wanted_objects.heirless(oid):
-                todo.append(key)
+        todo = await self._lister.lacking(wanted, here, self.wanted_objects.heirless)
         if self._state.epoch != epoch or self._replaced():
             return True
-        # Inodes first: without them nothing can be opened.
-        todo.sort(key=lambda key: (is_data(key.oid), key))
         # What came or went since the list was made is sorted out when its turn comes.
         self._todo = {key: None for key in todo if not self.removed_here(key.oid)}
         self._no_room = {}

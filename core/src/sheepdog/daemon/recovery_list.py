@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from struct import iter_unpack
 
 import anyio
+from anyio.lowlevel import checkpoint
 
+from sheepdog.contracts.store import REPLICA, ShardKey
 from sheepdog.daemon.peers import PeerPool
 from sheepdog.daemon.placement import Placer
 from sheepdog.daemon.recovery_fetch import VERSION, Finder
@@ -90,6 +92,23 @@ class Lister:
             if not response.result:
                 newest = max(newest, VERSION.unpack_from(response.variant)[0])
         return newest
+
+    async def lacking(self, oids: set[int], here: set[ShardKey], heirless: Callable[[int], bool]) -> list[ShardKey]:
+        """What of ``oids`` belongs here and is not, in the order it is to be recovered in.
+
+        :param heirless: of an object that nobody wants back.
+        """
+        lacking: list[ShardKey] = []
+        for number, oid in enumerate(sorted(oids)):
+            if number % 512 == 511:
+                await checkpoint()  # others get their turn
+            placement = self._placer.placement(oid)
+            key = ShardKey(oid, REPLICA if placement.identical else placement.index)
+            if placement.local and key not in here and not heirless(oid):
+                lacking.append(key)
+        # Inodes first: without them nothing can be opened.
+        lacking.sort(key=lambda key: (is_data(key.oid), key))
+        return lacking
 
     def overfull(self, oids: set[int]) -> bool:
         """The cluster is to avoid full disks, and some node has less space than it would have to hold."""

@@ -40,9 +40,9 @@ class Wanted:
         if not (is_data(oid) or is_ledger(oid)):
             return False
         vid = vid_of(oid)
-        return self._deleted(vid) and not self._heirs(vid)
+        return self._deleted(vid) and not self.heirs(vid)
 
-    def _heirs(self, vid: int) -> list[int]:
+    def heirs(self, vid: int) -> list[int]:
         """The live volumes that may name data objects of ``vid``: itself and what descends from it."""
         vdis = self._state.vdis
         found = []
@@ -70,10 +70,10 @@ class Wanted:
         if is_inode(oid):
             return True  # that of a deleted volume keeps its number taken
         if not is_data(oid):
-            return not self._deleted(vid) or (is_ledger(oid) and bool(self._heirs(vid)))
+            return not self._deleted(vid) or (is_ledger(oid) and bool(self.heirs(vid)))
         if self.gateway is None:
             return True
-        for heir in self._heirs(vid):
+        for heir in self.heirs(vid):
             try:
                 if await self._names(heir, oid):
                     return True

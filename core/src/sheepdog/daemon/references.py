@@ -6,7 +6,8 @@ entries that changed (and only those), and drops one reference for each data obj
 
 Dropping (0, 0) removes the object, provided the inode's own volume made it; anything else goes to the ledger of the
 data object, whose primary reads, changes and writes it alone in the ledger's lane. No reference is dropped twice, or an
-object would go that is still in use: what a retry might repeat is not retried, and at worst an unused object stays.
+object would go that is still in use: what a retry might repeat is not retried, and at worst an unused object stays, at
+most until its volume is deleted (``sweep``).
 """
 
 from __future__ import annotations

@@ -369,6 +369,7 @@ class Vdis:
         if known is not None:
             vdis.put(replace(known, lock_state=LockState.UNLOCKED, owner=None, participants=()))
         self.moved_locks.pop(vid, None)
+        self._backend.recovery.volume_deleted()
         if self.state.flags & ClusterFlag.RECYCLE_VID:
             dead = vdis.dead_families()
             if dead and self._backend.store is not None:

@@ -220,6 +220,9 @@ class Recorder:
     def status(self):
         return RecoveryStatus(in_recovery=self.running)
 
+    def volume_deleted(self):
+        pass
+
     def copies_changed(self, vid, before, after):
         self.altered.append((vid, after))
 
