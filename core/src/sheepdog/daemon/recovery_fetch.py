@@ -340,38 +340,29 @@ class Finder:
         return await self._ask_pieces(node, key, placement, older, length)
 
     async def _ask_pieces(self, node: NodeId, key: ShardKey, placement: Placement, older: int, length: int) -> _Answer:
-        """As ``ask``, for a large object: all pieces are received into one buffer, the first of them alone.
+        """As ``ask``, for a large object: several pieces are under way at a time, all received into one buffer.
 
         :raises TransportError: the object was cut off or lost meanwhile, besides what ``ask`` says.
         """
         epoch = self._state.epoch
         piece = self._pace.piece_bytes(key.oid)
         whole = memoryview(self._room(length))
-        first = await self._ask_into(node, key, placement, older, 0, whole[:piece], epoch)
-        if first.content is None:
-            self.done_with(whole)
-            return first
-        filled = len(first.content)
-        rest = iter(range(piece, length, piece) if filled == piece else ())
-        counts: dict[int, int] = {}
+        offsets = iter(range(0, length, piece))
+        answers: dict[int, _Answer] = {}
         trouble: list[SheepdogError] = []
-        corrupt: list[_Answer] = []
+        ended = False  # there is no more, or none at all
 
         async def fetch() -> None:
-            for offset in rest:
+            nonlocal ended
+            for offset in offsets:
                 try:
                     view = whole[offset : offset + piece]
-                    answer = await self._ask_into(node, key, placement, older, offset, view, epoch)
-                    if answer.corrupt:
-                        corrupt.append(answer)
-                        return
-                    if answer.content is None or answer.version != first.version:
-                        raise TransportError(f"node {node.text} moved oid={key.oid:016x} while it was read")
+                    answer = answers[offset] = await self._ask_into(node, key, placement, older, offset, view, epoch)
                 except SheepdogError as error:
                     trouble.append(error)
                     return
-                counts[offset] = len(answer.content)
-                if trouble or corrupt or len(answer.content) < piece:
+                ended = ended or answer.content is None or len(answer.content) < len(view)
+                if ended or trouble:
                     return
 
         ahead = self._pace.ahead(key.oid)
@@ -381,15 +372,25 @@ class Finder:
             async with anyio.create_task_group() as tasks:
                 for _ in range(ahead):
                     tasks.start_soon(fetch)
-        if corrupt:
+        first = answers.pop(0, None)
+        if first is None:
+            raise trouble[0]
+        if first.content is None:
             self.done_with(whole)
-            return corrupt[0]
+            return first
+        for answer in answers.values():
+            if answer.corrupt:
+                self.done_with(whole)
+                return answer
         if trouble:
             raise trouble[0]
-        while filled in counts:
-            filled += counts.pop(filled)
-        if any(counts.values()):
-            raise TransportError(f"oid={key.oid:016x} grew while it was read from node {node.text}")
+        filled = len(first.content)
+        for offset, answer in sorted(answers.items()):
+            if answer.content is None or answer.version != first.version:
+                raise TransportError(f"node {node.text} moved oid={key.oid:016x} while it was read")
+            if offset != filled and len(answer.content):
+                raise TransportError(f"oid={key.oid:016x} grew while it was read from node {node.text}")
+            filled += len(answer.content)
         first.content = whole[:filled]
         return first
 
