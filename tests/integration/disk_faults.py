@@ -39,12 +39,14 @@ def _disk(scene: Scene) -> tuple[LoopDisk, LoopDisk, int]:
 def disk_full(scene: Scene) -> None:
     """A full disk refuses new objects with a clear message; objects that exist are written on. When another node dies
     meanwhile, writes to what finds no room are refused and not left waiting, and it is copied as soon as there is
-    space (MD-13)."""
+    space (MD-13). Nothing stays of the volume that filled it, once that is deleted: neither objects whose creation was
+    refused by some holder, nor those that could not be released at that moment."""
     cluster = scene.cluster
     cluster.dog("vdi", "create", "filler", "128M")
     refused = cluster.dog(
         "vdi", "write", "filler", "0", str(128 * MiB), input=pattern(1, 128 * MiB), node=0, check=False
     )
+    vid = vid_of_name(cluster, "filler")
     assert refused.returncode != 0
     assert b"Server has no space for new objects" in refused.stdout + refused.stderr
     scene.busy()
@@ -55,6 +57,16 @@ def disk_full(scene: Scene) -> None:
     cluster.dog("vdi", "delete", "filler")
     in_place(cluster, scene.copies)
     scene.come_back(0)
+
+    def left() -> list[int]:
+        return [
+            oid
+            for sheep in cluster.live
+            for oid, _ in shards(cluster, sheep.index)
+            if is_data(oid) and vid_of(oid) == vid
+        ]
+
+    wait_until(lambda: not left(), "all objects of the deleted volume to be gone", timeout_s=40)
 
 
 def only_disk_fails(scene: Scene) -> None:
@@ -136,6 +148,5 @@ DISKS = (
     Fault(only_disk_fails, DISK_FAILED),
     Fault(only_disk_turns_read_only, DISK_FAILED),
     Fault(one_of_two_disks_fails, DISK_FAILED),
-    # the last one: objects whose creation was refused may stay where there was space, and belong to nobody
     Fault(disk_full, refusals=(Result.NO_SPACE,)),
 )

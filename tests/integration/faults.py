@@ -7,6 +7,8 @@ sheep running. Whoever tells it checks afterwards that nothing acknowledged is l
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import random
 import shutil
 import signal
@@ -16,12 +18,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from load import SECTOR, Load
+from recovery_scenes import shards
 from scenes import LiveClient, pattern, read_object, vid_of_name, wait_serving, write
 
 from sheepdog.client.connection import Connection
 from sheepdog.client.volume import OP_WRITE_OBJ
 from sheepdog.errors import SheepdogError
-from sheepdog.model.ids import data_oid
+from sheepdog.model.ids import data_oid, is_data
 from sheepdog.testing.cluster import SheepCluster, wait_until
 from sheepdog.wire.results import Result
 
@@ -197,6 +200,50 @@ def nodes_change_during_recovery(scene: Scene) -> None:
         scene.come_back(3)
 
 
+def bytes_flipped(scene: Scene) -> None:
+    """A byte changes on the disk in one copy of each object, in other copies for other objects, while guests read and
+    write them. Where there are copies enough a node dies besides, so that others are made anew. Nobody reads a wrong
+    byte, none gets into another copy, and what nobody touched the scrub mends (MD-16)."""
+    cluster = scene.cluster
+    scene.busy()
+    copies: dict[tuple[int, int], list[str]] = {}
+    for sheep in cluster.live:
+        for shard, path in shards(cluster, sheep.index).items():
+            if is_data(shard[0]):
+                copies.setdefault(shard, []).append(path)
+    hit: dict[int, int] = {}
+    for (oid, _), paths in sorted(copies.items()):
+        if oid not in hit:  # of strips one only
+            hit[oid] = _flip(scene.chance.choice(sorted(paths)), scene.chance)
+    assert sum(hit.values()) > 3, "there is something to be damaged"
+    scene.busy()
+    if scene.copies > 2:
+        cluster.kill(2)
+        scene.busy()
+        scene.come_back(2)
+    cluster.wait_recovered()
+    cluster.dog("node", "scrub", "start", "-A", "-R", "1000")
+    scene.busy()
+    wait_until(lambda: not _scrubbing(cluster), "the scrub to end", timeout_s=30)
+
+
+def _flip(path: str, chance: random.Random) -> int:
+    """One bit of the file is another one; returns how many are: nobody minds if the file has just gone."""
+    with contextlib.suppress(FileNotFoundError), open(path, "r+b") as file:
+        at = chance.randrange(os.fstat(file.fileno()).st_size)
+        file.seek(at)
+        old = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes((old ^ 1 << chance.randrange(8),)))
+        return 1
+    return 0
+
+
+def _scrubbing(cluster: SheepCluster) -> bool:
+    found = json.loads(cluster.dog("node", "scrub", "status", "-A", "--json").stdout)
+    return any(entry["running"] or entry["repairing"] or not entry["started"] for entry in found)
+
+
 def cut_off(scene: Scene) -> None:
     """Two of five machines vanish: no packet passes, their processes live on. The guests' machines among them come
     back to the others; nothing that the two had not acknowledged by then happens later (MEM-22, REC-19)."""
@@ -268,6 +315,7 @@ PROCESSES = (
     Fault(stopped_beyond_its_session),
     Fault(disks_change_during_recovery),
     Fault(nodes_change_during_recovery),
+    Fault(bytes_flipped, (r"corrupt", r"differs")),
 )
 WIRES = (Fault(one_after_the_other_cut_off),)
 QUORUM = (Fault(cut_off), Fault(everybody_alone))  # for drivers that lose their sessions with the wire

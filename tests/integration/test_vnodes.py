@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 
+import loop_disk
 import pytest
-from recovery_scenes import MiB, exited, fill, in_place, nodes, same_everywhere, shards, wait_status
+from recovery_scenes import MiB, all_agree, exited, fill, in_place, nodes, same_everywhere, shards, wait_status
 
 from sheepdog.testing.cluster import SheepCluster, wait_until
+from sheepdog.testing.services import missing_service
 
 pytestmark = [pytest.mark.processes, pytest.mark.matrix, pytest.mark.timeout(120)]
 
@@ -18,6 +22,59 @@ def vnodes(cluster: SheepCluster, index: int) -> list[int]:
     """The numbers of vnodes, in the order of the sheep."""
     by_port = {node.id.port: node.vnodes for node in nodes(cluster, index)}
     return [by_port[sheep.port] for sheep in cluster.live]
+
+
+def by_size(cluster: SheepCluster) -> list[int]:
+    """The numbers that follow from the sizes, which every live sheep lists alike with the vnodes."""
+    listings = [nodes(cluster, sheep.index) for sheep in cluster.live]
+    assert len({tuple((node.id, node.space, node.vnodes) for node in listing) for listing in listings}) == 1
+    space = {node.id.port: node.space for node in listings[0]}
+    mean = sum(space.values()) / len(space)
+    return [round(128 * space[sheep.port] / mean) for sheep in cluster.live]
+
+
+def test_sizes(fresh_cluster: Start, tmp_path: Path) -> None:
+    """File systems of 1:2:4 give vnodes in that ratio, also before the format, and another member of another size
+    changes everybody's in its epoch (VN-1, VN-2). A disk is plugged, and a node dies during the reweight and returns
+    later: all agree, the copies follow the new weights and nothing is lost (VN-3)."""
+    if (lacking := loop_disk.why_not()) is not None:
+        missing_service(lacking)
+    with ExitStack() as disks:
+        for index, size in enumerate((64, 128, 256, 128)):
+            disks.enter_context(loop_disk.LoopDisk(tmp_path / f"sheep{index}", size * MiB))
+        more = disks.enter_context(loop_disk.LoopDisk(tmp_path / "disk0", 256 * MiB))
+        cluster = fresh_cluster(4, base=tmp_path, copies=2)
+        assert vnodes(cluster, 0) == by_size(cluster)
+        cluster.format()
+        contents = {"a": fill(cluster, "a", 3, size=16 * MiB)}
+        cluster.stop(3)
+        cluster.wait_recovered()
+        three = vnodes(cluster, 1)
+        assert three == by_size(cluster)
+        assert sum(three) == pytest.approx(3 * 128, abs=2)
+        assert [number / three[0] for number in three] == pytest.approx([1, 2, 4], rel=0.2)
+        epoch = cluster.epoch(0)
+        cluster.restart(3)
+        assert vnodes(cluster, 0) == by_size(cluster) != [*three, 128]
+        assert cluster.epoch(0) == epoch + 1
+        cluster.wait_recovered()
+
+        small = vnodes(cluster, 0)[0]
+        cluster.dog("node", "md", "plug", str(more.place / "d"), input=b"yes\n", node=0)
+        assert vnodes(cluster, 0)[0] == small
+        cluster.dog("cluster", "reweight", node=2)
+        cluster.kill(1)
+        wait_until(lambda: vnodes(cluster, 2)[0] > 2 * small, "the new weight to be announced")
+        in_place(cluster, 2)
+        assert vnodes(cluster, 0) == by_size(cluster)
+        same_everywhere(cluster, contents)
+        cluster.restart(1)
+        in_place(cluster, 2)
+        assert vnodes(cluster, 1) == by_size(cluster)
+        all_agree(cluster)
+        same_everywhere(cluster, contents, through=(0, 1))
+        for sheep in cluster.live:
+            cluster.stop(sheep.index)
 
 
 def test_fixed(fresh_cluster: Start) -> None:

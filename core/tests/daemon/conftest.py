@@ -17,9 +17,11 @@ collect_ignore = (
         "test_power_loss.py",
         "test_power_loss_files.py",
         "test_recovery.py",
+        "test_recovery_purge.py",
         "test_recovery_settle.py",
         "test_strip_store.py",
         "test_striped.py",
+        "test_sweep.py",
     ]
     if any(find_spec(name) is None for name in PLUGINS)
     else []

@@ -129,6 +129,20 @@ async def test_end_of_recovery(make_store):
             await gone(w, oid)
 
 
+async def test_creation_that_the_primary_refused(make_store):
+    """Objects that their primary does not have go, too."""
+    async with world(3, make_store, copies=3) as w:
+        await gathered(w)
+        await make(w, GONE, {1: GONE})
+        oid = data_oid(GONE, 1)
+        primary = next(plane for plane in w.sheep if plane.placer.placement(oid).here)
+        primary.store.remove(sweep.ShardKey(oid))
+        await delete(w, GONE)
+
+        assert await swept(w) == 1
+        assert not w.holders(oid)
+
+
 async def test_what_a_living_volume_names_stays(make_store):
     """Objects of a deleted snapshot stay as long as a descendant names them, and its ledger does."""
     async with world(3, make_store, copies=3) as w:

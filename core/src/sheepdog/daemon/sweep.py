@@ -2,8 +2,9 @@
 
 A reference that is given up is dropped once or not at all (``references``): when a holder had no space for the map
 write that gave it up, when the sheep that was to drop it was killed, or when an epoch began at that moment, the object
-stays although no map names it any more. So when everybody has recovered, and some time after a volume was deleted, the
-primary of each object of a deleted volume looks whether any living volume names it.
+stays although no map names it any more. So when everybody has recovered, and some time after a volume was deleted, each
+sheep that has objects of deleted volumes looks whether any living volume names them. It is not left to their primaries:
+a creation that was refused may have reached the other holders only, and recovery brings nobody such objects.
 
 Nothing that is in use goes, and nothing that was made again meanwhile:
 
@@ -49,7 +50,7 @@ DELAY_S = 3.0  # several deletions that follow each other cause one look
 
 
 class Sweeper:
-    """Of the objects whose primary is one sheep."""
+    """Of the objects that one sheep has."""
 
     def __init__(
         self,
@@ -95,7 +96,7 @@ class Sweeper:
             self._running = False
 
     async def sweep(self) -> int:
-        """What deleted volumes left, and this sheep is the primary of, is gone; returns how many objects went.
+        """What deleted volumes left here is gone, here and elsewhere; returns how many objects went.
 
         What cannot be found out about a volume leaves its objects for another time.
 
@@ -119,8 +120,7 @@ class Sweeper:
 
         candidates: dict[int, set[int]] = {}
         for oid in sorted(await self._executor.run(work)):
-            if self._placer.placement(oid).here:
-                candidates.setdefault(vid_of(oid), set()).add(oid)
+            candidates.setdefault(vid_of(oid), set()).add(oid)
         for vid in sorted(candidates):
             try:
                 if await self._wiped(vid):
