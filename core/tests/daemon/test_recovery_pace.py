@@ -42,6 +42,17 @@ async def test_full_speed_without_clients():
     assert w.pace.ahead(1) == AHEAD
 
 
+async def test_clients_of_long_ago():
+    """What came before the last looks does not slow down a recovery that begins now."""
+    w = _World()
+    w.requests = 1000
+    w.pace.look()
+    w.now += 2 * recovery_pace.BUSY_S
+    w.pace.look()
+
+    assert w.pace.ahead(1) == AHEAD
+
+
 async def test_what_a_client_waits_for_takes_no_breath(monkeypatch):
     """An object that becomes urgent in the middle of a breath goes on at once; the others go on breathing."""
     monkeypatch.setattr(recovery_pace, "BREATH_S", 3600.0)

@@ -68,13 +68,16 @@ class Pace:
             with anyio.move_on_after(min(until - now, LOOK_S)):
                 await self._changed.wait()
 
-    def busy(self) -> bool:
-        """Clients are at work."""
-        now = self._clock.monotonic()
+    def look(self) -> None:
+        """Called from a timer: a recovery that begins long after the last request finds nobody at work."""
         requests = self._requests()
         if requests != self._seen:
-            self._seen, self._seen_at = requests, now
-        return now - self._seen_at < BUSY_S
+            self._seen, self._seen_at = requests, self._clock.monotonic()
+
+    def busy(self) -> bool:
+        """Clients are at work."""
+        self.look()
+        return self._clock.monotonic() - self._seen_at < BUSY_S
 
     def hurry(self, oid: int) -> None:
         """A request waits for the object, until ``calm``."""

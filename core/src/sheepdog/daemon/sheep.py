@@ -278,6 +278,7 @@ class Sheep:
                 self.primary.tick()
                 self.fences.tick(now)
                 self.progress.tick()
+                self.recovery.pace.look()
 
     async def _rest(self) -> None:
         """Large buffers are kept for the next requests only as long as there are some."""
