@@ -36,8 +36,9 @@ def soon(monkeypatch):
 
 
 def know(w, vid, *, parent=0):
-    """All sheep know the volume."""
+    """All sheep were there when the volume was made."""
     for plane in w.sheep:
+        plane.state.vdis.make(vid)
         plane.state.vdis.put(
             VdiState(
                 vid=vid, copies=3, block_size_shift=22, parent_vid=parent
@@ -217,6 +218,19 @@ async def test_child_that_is_made_meanwhile(make_store):
         primary.recovery.sweeper._maps = slowly
 
         assert await primary.recovery.sweeper.sweep() == 0
+
+
+async def test_volume_that_is_older_than_we_are(make_store):
+    """Who was no member when the volume was made does not know all that may descend from it: its objects stay."""
+    async with world(3, make_store) as w:
+        await make(w, GONE, {3: GONE})
+        for plane in w.sheep:
+            plane.state.vdis.born.clear()
+        await gathered(w)
+        await delete(w, GONE)
+
+        assert not await swept(w)
+        assert len(w.holders(data_oid(GONE, 3))) == 3
 
 
 async def test_inode_that_is_not_wiped(make_store):

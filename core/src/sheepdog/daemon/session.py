@@ -93,6 +93,7 @@ class SessionKeeper(ABC):
             finally:
                 self._session = None
                 self.state.alive = always
+                self.state.vdis.born.clear()  # of what is made while we are away we may never hear
                 self._older = []
                 self._stop_serving()
                 self._ended()

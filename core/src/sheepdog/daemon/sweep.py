@@ -10,6 +10,8 @@ Nothing that is in use goes, and nothing that was made again meanwhile:
 
 * Only objects of deleted volumes are looked at. Nobody makes objects of such a volume, whose number is not given out
   again. (With recycling it is. There each sheep forgets a whole family at once, and nothing is swept.)
+* Only volumes that were made while this sheep was a member. Of older ones there may be descendants of which nobody
+  knows, because all holders of their inodes are away; when those return, what they name must still be there.
 * A deleted volume is one of which all sheep say so, and whose inode was wiped at every holder that has it.
 * Its objects can be named by its descendants alone. All copies of the map of each of them are read, also those that a
   change under way has not reached, because any of them may be the one that lasts. A copy that cannot be read may name
@@ -106,7 +108,7 @@ class Sweeper:
         epoch = state.epoch
         if state.flags & ClusterFlag.RECYCLE_VID:
             return 0
-        deleted = {known.vid for known in state.vdis.states() if known.deleted}
+        deleted = {vid for vid in state.vdis.born if self._deleted(vid)}
         if not deleted:
             return 0
         store = self._shards.store

@@ -334,7 +334,7 @@ class Vdis:
         vid, base, retired = _vid(fields, "vid"), _vid(fields, "base"), messages.integer(fields, "retired")
         vdis = self.state.vdis
         vdis.put(messages.unpack_state(fields.get("state")))
-        vdis.use(vid)
+        vdis.make(vid)
         if retired:
             self._retire(retired)
         self.half_done[vid] = (base, retired)

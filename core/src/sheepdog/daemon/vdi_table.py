@@ -18,11 +18,13 @@ from sheepdog.model.vid_bitmap import VidBitmap
 class VdiTable:
     """All known volumes."""
 
-    __slots__ = ("_states", "deleted", "in_use", "schemes", "shift_max", "snapshots")
+    __slots__ = ("_states", "born", "deleted", "in_use", "schemes", "shift_max", "snapshots")
 
     def __init__(self) -> None:
         self.in_use = VidBitmap()
         self.deleted = VidBitmap()
+        self.born: set[int] = set()
+        """Volumes that were made since we are a member. What descends from them is known here, be its inode lost."""
         self._states: dict[int, VdiState] = {}
         self.schemes: dict[int, tuple[int, int, int]] = {}
         """(copies, copy policy, block size shift) of known volumes, for the data path to look up."""
@@ -68,6 +70,12 @@ class VdiTable:
         """The number is taken."""
         self.in_use.add(vid)
 
+    def make(self, vid: int) -> None:
+        """The number is given to a new volume, unless it was taken already."""
+        if vid not in self.in_use:
+            self.in_use.add(vid)
+            self.born.add(vid)
+
     def mark_deleted(self, vid: int) -> None:
         """The volume is deleted: both bits are set and its state says so."""
         self.in_use.add(vid)
@@ -78,6 +86,7 @@ class VdiTable:
 
     def forget(self, vid: int) -> None:
         """Nothing is known of ``vid`` and its number is free again."""
+        self.born.discard(vid)
         self.in_use.discard(vid)
         self.deleted.discard(vid)
         self._states.pop(vid, None)
@@ -86,6 +95,7 @@ class VdiTable:
 
     def clear(self) -> None:
         """Format: no volume exists."""
+        self.born.clear()
         self.in_use.clear()
         self.deleted.clear()
         self._states.clear()
