@@ -282,6 +282,20 @@ async def test_session_loss(victim):
             assert (await one.find(b"test"))[0] == 0
 
 
+async def test_volumes_that_were_made_before():
+    """Who was not a member all the time since a volume was made does not claim to know all that descends from it."""
+    async with machines() as world:
+        sheep = await formatted(world, 3)
+        _, old = await sheep[0].new_vdi(b"old")
+        assert all(one.state.vdis.born == {old} for one in sheep)
+        world.hub.expire(sheep[2].node.id)
+        await world.until(lambda: sheep[2].state.status is ClusterStatus.WAIT, "stop of service")
+        await world.agreed(*sheep, epoch=3)
+        _, new = await sheep[1].new_vdi(b"new")
+
+        assert [one.state.vdis.born for one in sheep] == [{old, new}, {old, new}, {new}]
+
+
 async def test_operation_during_session_loss():
     """MEM-20: what waits for the cluster when the session ends fails instead of hanging."""
     async with machines() as world:
