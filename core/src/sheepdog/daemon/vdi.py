@@ -345,7 +345,7 @@ class Vdis:
         if "state" in fields:
             vdis.put(messages.unpack_state(fields["state"]))
         vdis.deleted.discard(vid)
-        vdis.use(vid)
+        vdis.make(vid)
         if retired:
             self._retire(retired)
             self._move_lock(retired, vid)

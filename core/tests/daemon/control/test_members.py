@@ -287,7 +287,7 @@ async def test_volumes_that_were_made_before():
     async with machines() as world:
         sheep = await formatted(world, 3)
         _, old = await sheep[0].new_vdi(b"old")
-        assert all(one.state.vdis.born == {old} for one in sheep)
+        assert [one.state.vdis.born for one in sheep] == [{old}] * 3
         world.hub.expire(sheep[2].node.id)
         await world.until(lambda: sheep[2].state.status is ClusterStatus.WAIT, "stop of service")
         await world.agreed(*sheep, epoch=3)
