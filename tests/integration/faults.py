@@ -205,6 +205,7 @@ def bytes_flipped(scene: Scene) -> None:
     write them. Where there are copies enough a node dies besides, so that others are made anew. Nobody reads a wrong
     byte, none gets into another copy, and what nobody touched the scrub mends (MD-16)."""
     cluster = scene.cluster
+    _scrub(cluster)  # copies of which a killed sheep had no checksums yet get some: without them nobody could tell
     scene.busy()
     copies: dict[tuple[int, int], list[str]] = {}
     for sheep in cluster.live:
@@ -222,8 +223,12 @@ def bytes_flipped(scene: Scene) -> None:
         scene.busy()
         scene.come_back(2)
     cluster.wait_recovered()
+    _scrub(cluster, scene.busy)
+
+
+def _scrub(cluster: SheepCluster, meanwhile: Callable[[], None] = lambda: None) -> None:
     cluster.dog("node", "scrub", "start", "-A", "-R", "1000")
-    scene.busy()
+    meanwhile()
     wait_until(lambda: not _scrubbing(cluster), "the scrub to end", timeout_s=30)
 
 

@@ -239,6 +239,37 @@ async def test_corrupt_copies_are_announced_and_repaired(scene):
 
 
 @pytest.mark.anyio
+async def test_copy_of_an_unknown_copy(scene):
+    """What recovery takes from a copy without checksums gets none by that: copies that have them are believed."""
+    oid = scene.world.object_on(0, 1, 2, copies=3)
+    good = content_of(3)
+    await scene.plane(0).objects.create(oid, 0, good)
+    scene.forget(0)
+    scene.spoil(0, oid)
+
+    await scene.world.change(0, 1, 3)
+    await scene.world.recovered()
+    assert scene.stored(3, oid) == scene.stored(0, oid) != good, "the first holder was the source"
+    assert not scene.known(3, oid)
+    await scene.scrub()
+
+    for number in (0, 1, 3):
+        assert scene.stored(number, oid) == good and scene.known(number, oid)
+
+
+@pytest.mark.anyio
+async def test_copy_of_a_known_copy(scene):
+    """What recovery takes from a copy with checksums has them at once."""
+    oid = scene.world.object_on(0, 1, 2, copies=3)
+    await scene.plane(0).objects.create(oid, 0, content_of(4))
+
+    await scene.world.change(0, 1, 3)
+    await scene.world.recovered()
+
+    assert scene.stored(3, oid) == content_of(4) and scene.known(3, oid)
+
+
+@pytest.mark.anyio
 async def test_unknown_copies_are_compared(scene):
     """Copies without checksums get them when they agree; one that differs becomes as the others."""
     oid = scene.world.object_on(0, 1, 2, copies=3)

@@ -237,6 +237,16 @@ class ObjectStore(ABC):
         """
         return self.stored_digest(key) == digest
 
+    def vouched(self, key: ShardKey, *, offset_bytes: int, length_bytes: int, epoch: int | None = None) -> bool:
+        """Whether checksums tell what was stored in this range of the live shard, or of the stale version of ``epoch``.
+
+        It was read just now; the question itself reads nothing.
+        """
+        return False
+
+    def doubt(self, key: ShardKey) -> None:
+        """What was just stored came from where nobody vouches for it: no checksums are made of it. A mutator."""
+
     def modified_ns(self, key: ShardKey, *, epoch: int | None = None) -> int | None:
         """When the bytes of the live shard, or of the stale version of ``epoch``, were changed last, by whomever.
 

@@ -572,6 +572,25 @@ class ChecksummedStore(StoreWrapper):
             self._put(key, _State(size, sums, saved=self._files.save(key, Saved(size, sums, modified_ns))))
         return True
 
+    def vouched(self, key: ShardKey, *, offset_bytes: int, length_bytes: int, epoch: int | None = None) -> bool:
+        if epoch is None:
+            state = self._states.get(key)
+        else:
+            found = self._saved(key, epoch)
+            state = None if found is None else _state_of(found)
+        if state is None or state.sums is None:
+            return False
+        return all(state.sums[offset_bytes >> 12 : (offset_bytes + length_bytes + _INSIDE) >> 12])
+
+    def doubt(self, key: ShardKey) -> None:
+        with self._lock:
+            state = self._states.get(key)
+            if state is not None:
+                self._files.drop(key)
+                self._memory_bytes -= _bytes_of(state)
+                state.sums, state.saved = None, False
+                self._memory_bytes += _bytes_of(state)
+
     # ---- rest
 
     def upkeep(self) -> None:

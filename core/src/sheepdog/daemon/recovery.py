@@ -488,7 +488,8 @@ class Recovery:
         # No await from this look to the lane of the shard: a removal that comes later waits there.
         if self.removed_here(oid):
             return Result.NO_OBJ
-        result = await self.store_shard(key, content, max(placement.object_bytes, len(content)))
+        size = max(placement.object_bytes, len(content))
+        result = await self.store_shard(key, content, size, vouched=found.vouched)
         self.finder.done_with(content)
         return result
 
@@ -528,14 +529,21 @@ class Recovery:
             return not await self._in_lane(key, lambda: store.revive(key, newest))
         return False
 
-    async def store_shard(self, key: ShardKey, content: Buffer, size: int, *, replace: bool = False) -> int:
-        """The shard is stored; unless one appeared meanwhile, or with ``replace`` in any case."""
+    async def store_shard(
+        self, key: ShardKey, content: Buffer, size: int, *, replace: bool = False, vouched: bool = True
+    ) -> int:
+        """The shard is stored; unless one appeared meanwhile, or with ``replace`` in any case.
+
+        :param vouched: checksums said that the content is right; else the copy must not look better than its source.
+        """
         assert self._shards is not None
         store, durable = self._store(), self._shards.durable
 
         def work() -> None:
             if replace or not store.exists(key):
                 store.create(key, content, offset_bytes=0, size_bytes=size, sparse=is_sparse(key.oid), durable=durable)
+                if not vouched:
+                    store.doubt(key)
 
         return await self._in_lane(key, work)
 

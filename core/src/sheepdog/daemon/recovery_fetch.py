@@ -50,7 +50,8 @@ logger = logging.getLogger(__name__)
 
 SPARE_MAX = 8  # buffers of whole objects, while recovery is under way
 LIVE = 0xFFFFFFFF  # in place of the epoch of a set-aside version
-VERSION = Struct("<4xIII")  # variant of an answer: epoch of the version (0: none), Progress.lossy, epoch of a removal
+# Variant of an answer: epoch of the version (0: none), Progress.lossy, epoch of a removal, whether no checksums vouch.
+VERSION = Struct("<4xIIII")
 RINGS_MAX = 4096
 
 RingOf: TypeAlias = Callable[[int], Awaitable[Ring | None]]  # of an epoch; None when nobody knows it
@@ -149,6 +150,11 @@ class VersionReader:
                 return -1, newest
         raise StoreBusy(f"oid={key.oid:016x} is being moved")
 
+    def vouched(self, key: ShardKey, version: int, offset: int, count: int) -> bool:
+        """Whether checksums say that what was read is what was stored; asked right after it was."""
+        epoch = None if version == LIVE else version
+        return self._store().vouched(key, offset_bytes=offset, length_bytes=count, epoch=epoch)
+
 
 @dataclass(slots=True)
 class Found:
@@ -159,12 +165,14 @@ class Found:
     :param doubtful: holders that may have the object are absent; or they do not answer now (``trouble``); or what they
         have is corrupt.
     :param corrupt: some of it is.
+    :param vouched: where the parts come from, checksums say that they are what was stored.
     """
 
     parts: dict[int, Buffer] = field(default_factory=dict)
     version: int = LIVE
     doubtful: bool = False
     corrupt: bool = False
+    vouched: bool = True
 
 
 @dataclass(slots=True)
@@ -174,6 +182,7 @@ class _Answer:
     lossy: int = 0
     removed: int = 0
     corrupt: bool = False  # there is one, but not what was stored
+    vouched: bool = True
 
 
 class Finder:
@@ -275,6 +284,7 @@ class Finder:
                     return Found()
                 if answer.content is not None:
                     found.parts[index] = answer.content
+                    found.vouched = found.vouched and answer.vouched
                     found.version = min(found.version, answer.version)
                     if len(found.parts) >= need:
                         return found
@@ -317,6 +327,7 @@ class Finder:
             elif answer.content is not None:
                 logger.warning("oid=%016x is taken from node=%s, epoch=%d", oid, source.text, answer.version)
                 found.parts[index] = answer.content
+                found.vouched = answer.vouched
                 found.version = answer.version
                 break
         return found
@@ -391,6 +402,7 @@ class Finder:
             if offset != filled and len(answer.content):
                 raise TransportError(f"oid={key.oid:016x} grew while it was read from node {node.text}")
             filled += len(answer.content)
+            first.vouched = first.vouched and answer.vouched
         first.content = whole[:filled]
         return first
 
@@ -436,7 +448,9 @@ class Finder:
         def work() -> _Answer:
             buffer = memoryview(bytearray(length))
             count, version = reader.read(key, older, buffer, 0)
-            return _Answer(None if count < 0 else buffer[:count], version, self._lossy())
+            if count < 0:
+                return _Answer(None, version, self._lossy())
+            return _Answer(buffer[:count], version, self._lossy(), vouched=reader.vouched(key, version, 0, count))
 
         try:
             return await self._executor.run(work)
@@ -459,7 +473,7 @@ class Finder:
             node, Op.READ_PEER, key.oid, flags=Flag.RECOVERY, tgt_epoch=older, offset=offset, length=length, into=into,
             ec_index=max(key.index, 0), copy_policy=placement.policy if key.index != REPLICA else 0,
         )  # fmt: skip
-        version, lossy, removed = VERSION.unpack_from(response.variant.ljust(VERSION.size, b"\0"))
+        version, lossy, removed, doubted = VERSION.unpack_from(response.variant.ljust(VERSION.size, b"\0"))
         if response.result == Result.NO_OBJ:
             return _Answer(None, version, lossy, removed)
         if response.result == Result.OLD_NODE_VER:
@@ -468,7 +482,7 @@ class Finder:
             return _Answer(None, LIVE, lossy, removed, corrupt=True)
         if response.result:
             raise TransportError(f"node {node.text} answers 0x{response.result:02x} for oid={key.oid:016x}")
-        return _Answer(response.body, version, lossy, removed)
+        return _Answer(response.body, version, lossy, removed, vouched=not doubted)
 
     # ---- requests to one node
 

@@ -53,16 +53,16 @@ class VersionServer:
 
         view = memoryview(bytearray(length))
 
-        def work() -> tuple[memoryview, int, int]:
+        def work() -> tuple[memoryview, int, int, bool]:
             count, version = reader.read(key, epoch, view, offset)
-            return view, count, version
+            return view, count, version, count >= 0 and reader.vouched(key, version, offset, count)
 
         def done(result: int, found: Any) -> None:  # Any: what work() returns
             if result:
                 answer(result, None, b"")
                 return
-            view, count, version = found
-            variant = VERSION.pack(version, self._progress().lossy, self._removed(key.oid))
+            view, count, version, vouched = found
+            variant = VERSION.pack(version, self._progress().lossy, self._removed(key.oid), not vouched)
             if count < 0:
                 answer(Result.NO_OBJ, None, variant)
             else:
@@ -72,7 +72,7 @@ class VersionServer:
         with suppress(SheepdogError):  # a worker finds out what it is
             cached = shards.store.try_read_into(key, view, offset_bytes=offset)
         if cached is not None:
-            done(0, (view, cached, LIVE))
+            done(0, (view, cached, LIVE, reader.vouched(key, LIVE, offset, cached)))
         else:
             shards.submit(work, done)
 
@@ -80,4 +80,4 @@ class VersionServer:
         """RECOVERY_POINT: result and variant of the answer, which tells the last epoch gathered."""
         if self._progress().ctime != self._state.ctime:
             return Result.NO_OBJ, b""
-        return 0, VERSION.pack(self._progress().gathered, 0, 0)
+        return 0, VERSION.pack(self._progress().gathered, 0, 0, 0)

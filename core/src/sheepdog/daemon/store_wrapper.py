@@ -94,6 +94,12 @@ class StoreWrapper(ObjectStore):
     def accept(self, key: ShardKey, digest: bytes) -> bool:
         return self.inner.accept(key, digest)
 
+    def vouched(self, key: ShardKey, *, offset_bytes: int, length_bytes: int, epoch: int | None = None) -> bool:
+        return self.inner.vouched(key, offset_bytes=offset_bytes, length_bytes=length_bytes, epoch=epoch)
+
+    def doubt(self, key: ShardKey) -> None:
+        self.inner.doubt(key)
+
     def modified_ns(self, key: ShardKey, *, epoch: int | None = None) -> int | None:
         return self.inner.modified_ns(key, epoch=epoch)
 
