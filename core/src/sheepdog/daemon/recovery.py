@@ -460,7 +460,8 @@ class Recovery:
 
     async def _fetch(self, key: ShardKey) -> int:
         store = self._store()
-        if await self._executor.run(lambda: store.exists(key)):
+        here, newest = await self._executor.run(lambda: (store.exists(key), self._index.newest(key)))
+        if here:
             return 0
         generation = self._generation
         oid = key.oid
@@ -472,7 +473,7 @@ class Recovery:
         if not placement.identical:
             return await self._fetch_strip(oid, placement)
         key = ShardKey(oid)
-        if placement.object_bytes >= COMPARE_BYTES_MIN and await self._revive(key, placement):
+        if newest and placement.object_bytes >= COMPARE_BYTES_MIN and await self._revive(key, placement, newest):
             return 0
         found = await self.finder.find(oid, placement, 1, self._progress.gathered, skip_own=True)
         if not found.parts and self.wildcard:
@@ -509,11 +510,8 @@ class Recovery:
             self._missing[ShardKey(oid, placement.index)] = None
         return result
 
-    async def _revive(self, key: ShardKey, placement: Placement) -> bool:
-        """What was set aside here last is live again, if a present holder has exactly that."""
-        newest = await self._executor.run(lambda: self._index.newest(key))
-        if not newest:
-            return False
+    async def _revive(self, key: ShardKey, placement: Placement, newest: int) -> bool:
+        """What was set aside here last, in epoch ``newest``, is live again, if a present holder has exactly that."""
         generation = self._generation
         store = self._store()
         for node in placement.others:
