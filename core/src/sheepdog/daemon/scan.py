@@ -1,7 +1,8 @@
 """What the inodes on this sheep's own disks say about volumes; read once at start.
 
 An inode whose name was wiped belongs to a deleted volume: its number stays taken, and the mark is set here so that it
-survives a restart of all sheep.
+survives a restart of all sheep. One of zeros is none: a file system that crashed can leave a file with its size and
+without its bytes, and a volume that is deleted anywhere is deleted.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def state_of(vid: int, header: InodeHeader) -> VdiState:
 def local_states(store: ObjectStore) -> list[VdiState]:
     """The states of all volumes whose inode is stored here, ordered by vid. Runs on a worker thread.
 
-    An inode that cannot be read is left out with a warning: other sheep hold copies of it.
+    An inode that cannot be read, or is not that of its volume, is left out with a warning: other sheep hold copies.
     """
     states = []
     buffer = bytearray(FIELDS_BYTES)
@@ -42,7 +43,10 @@ def local_states(store: ObjectStore) -> list[VdiState]:
             continue
         try:
             count = store.read_into(key, memoryview(buffer), offset_bytes=0)
-            states.append(state_of(vid_of(key.oid), InodeHeader.unpack(buffer[:count])))
+            header = InodeHeader.unpack(buffer[:count])
+            if header.vdi_id != vid_of(key.oid):
+                raise ProtocolError(f"it says that it belongs to vid={header.vdi_id:06x}")
+            states.append(state_of(header.vdi_id, header))
         except (StoreError, ProtocolError) as error:
             logger.warning("inode oid=%016x cannot be read at start: %s", key.oid, error)
     return states
