@@ -7,15 +7,13 @@ After each change of membership, disks or number of copies:
    them: it missed changes otherwise. Until this is checked, requests for such shards are answered "try again"
    (``Shards.gate``).
 2. *List.* All members say what they have, live and set aside. What belongs here and is not here is to be recovered.
-3. *Recover.* Each shard is found (``recovery_fetch``) and stored; strips are mended by their primary
-   (``recovery_settle``). Inodes come first. A request that needs a shard that is still missing has it fetched at
-   once, out of turn.
+3. *Recover.* Each shard is found (``recovery_fetch``) and stored, inodes first; strips are mended by their primary
+   (``recovery_settle``). A request that needs a shard that is still missing has it fetched at once, out of turn.
 4. *Finish.* Every member announces when nothing it should have is missing. When all have, what was set aside goes
    (``recovery_purge``).
 
-A fetched shard never replaces one that appeared meanwhile: a write that missed us was not acknowledged, and is
-settled by its primary. A removal that comes while a shard is fetched, or after it was set aside, wins over the old
-versions.
+A fetched shard never replaces one that appeared meanwhile: a write that missed us was not acknowledged, and is settled
+by its primary. A removal that comes while a shard is fetched, or after it was set aside, wins over the old versions.
 """
 
 from __future__ import annotations
@@ -489,8 +487,7 @@ class Recovery:
         # No await from this look to the lane of the shard: a removal that comes later waits there.
         if self.removed_here(oid):
             return Result.NO_OBJ
-        size = max(placement.object_bytes, len(content))
-        result = await self.store_shard(key, content, size, vouched=found.vouched)
+        result = await self.store_shard(key, content, placement.object_bytes, vouched=found.vouched)
         self.finder.done_with(content)
         return result
 
@@ -512,8 +509,7 @@ class Recovery:
 
     async def _revive(self, key: ShardKey, placement: Placement, newest: int) -> bool:
         """What was set aside here last, in epoch ``newest``, is live again, if a present holder has exactly that."""
-        generation = self._generation
-        store = self._store()
+        generation, store = self._generation, self._store()
         for node in placement.others:
             theirs = await digest_at(self.finder, self._state, node, key.oid)
             if theirs is None:
@@ -530,12 +526,10 @@ class Recovery:
     async def store_shard(
         self, key: ShardKey, content: Buffer, size: int, *, replace: bool = False, vouched: bool = True
     ) -> int:
-        """The shard is stored; unless one appeared meanwhile, or with ``replace`` in any case.
-
-        :param vouched: checksums said that the content is right; else the copy must not look better than its source.
-        """
+        """The shard is stored; unless one appeared meanwhile, or with ``replace`` in any case. Where checksums do not
+        vouch for the content, the copy must not look better than its source."""
         assert self._shards is not None
-        store, durable = self._store(), self._shards.durable
+        store, durable, size = self._store(), self._shards.durable, max(size, len(content))
 
         def work() -> None:
             if replace or not store.exists(key):
