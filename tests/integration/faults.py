@@ -203,10 +203,12 @@ def nodes_change_during_recovery(scene: Scene) -> None:
 def bytes_flipped(scene: Scene) -> None:
     """A byte changes on the disk in one copy of each object, in other copies for other objects, while guests read and
     write them. Where there are copies enough a node dies besides, so that others are made anew. Nobody reads a wrong
-    byte, none gets into another copy, and what nobody touched the scrub mends (MD-16)."""
+    byte, none gets into another copy, and what nobody touched the scrub mends (MD-16).
+
+    A scrub comes first: of what changed just before a node was killed nobody may have checksums until then."""
     cluster = scene.cluster
-    _scrub(cluster)  # copies of which a killed sheep had no checksums yet get some: without them nobody could tell
-    scene.busy()
+    cluster.wait_recovered()
+    _scrub(scene)
     copies: dict[tuple[int, int], list[str]] = {}
     for sheep in cluster.live:
         for shard, path in shards(cluster, sheep.index).items():
@@ -223,13 +225,7 @@ def bytes_flipped(scene: Scene) -> None:
         scene.busy()
         scene.come_back(2)
     cluster.wait_recovered()
-    _scrub(cluster, scene.busy)
-
-
-def _scrub(cluster: SheepCluster, meanwhile: Callable[[], None] = lambda: None) -> None:
-    cluster.dog("node", "scrub", "start", "-A", "-R", "1000")
-    meanwhile()
-    wait_until(lambda: not _scrubbing(cluster), "the scrub to end", timeout_s=30)
+    _scrub(scene)
 
 
 def _flip(path: str, chance: random.Random) -> int:
@@ -244,9 +240,22 @@ def _flip(path: str, chance: random.Random) -> int:
     return 0
 
 
-def _scrubbing(cluster: SheepCluster) -> bool:
-    found = json.loads(cluster.dog("node", "scrub", "status", "-A", "--json").stdout)
-    return any(entry["running"] or entry["repairing"] or not entry["started"] for entry in found)
+def _scrub(scene: Scene) -> None:
+    """All nodes have looked at everything, while everybody works."""
+    cluster = scene.cluster
+
+    def every() -> list[dict[str, int]]:
+        found: list[dict[str, int]] = json.loads(cluster.dog("node", "scrub", "status", "-A", "--json").stdout)
+        return found
+
+    def ended() -> bool:
+        return not any(entry["running"] or entry["repairing"] or entry["finished"] <= before for entry in every())
+
+    before = max(entry["finished"] for entry in every())
+    wait_until(lambda: time.time() > before + 1, "another second to begin: the times are told in seconds")
+    cluster.dog("node", "scrub", "start", "-A", "-R", "1000")
+    scene.busy()
+    wait_until(ended, "the scrub to end", timeout_s=40)
 
 
 def cut_off(scene: Scene) -> None:
