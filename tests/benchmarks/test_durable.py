@@ -10,7 +10,7 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "durable.py"
 
 
-@pytest.mark.parametrize(("part", "rows"), [("local", 4), ("coding", 6)])
+@pytest.mark.parametrize(("part", "rows"), [("local", 5), ("coding", 6)])
 def test_parts(part, rows):
     """Each part gives one row for each load, with a rate."""
     arguments = [sys.executable, str(SCRIPT), "--only", part, "--seconds", "0.05", "--json"]
