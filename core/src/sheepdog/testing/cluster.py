@@ -8,7 +8,8 @@ Ports are reserved by holding a bound socket on each (``SO_REUSEADDR``, not list
 nobody else is given the number, and a restarted sheep finds its port free.
 
 Cluster driver, store and redundancy are taken from SHEEPDOG_TEST_CLUSTER (local, raft, zk, etcd), SHEEPDOG_TEST_STORE
-(plain, tree) and SHEEPDOG_TEST_REDUNDANCY (copies, ec) unless the caller names them; the test matrix sets these.
+(plain, tree) and SHEEPDOG_TEST_REDUNDANCY (copies, ec) unless the caller names them; the test matrix sets these. With
+SHEEPDOG_TEST_JOURNAL (a size, such as 64M) each sheep has a write journal, unless its options say something about one.
 """
 
 from __future__ import annotations
@@ -279,6 +280,9 @@ class SheepCluster:
         elif self.redundancy == "ec":
             self.redundancy = "2:1" if storing < 6 else "4:2"
         self.options = tuple(options)
+        journal = os.environ.get("SHEEPDOG_TEST_JOURNAL")
+        if journal and "-j" not in self.options:
+            self.options += ("-j", f"size={journal}")
         self.network = network
         self.start_s = start_s
         self.sync = sync
