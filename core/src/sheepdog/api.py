@@ -44,7 +44,7 @@ from sheepdog.contracts.services import (
     Volumes,
     completed,
 )
-from sheepdog.contracts.store import REPLICA, DiskInfo, ObjectStore, ShardKey, StoreOptions, Usage, Verified
+from sheepdog.contracts.store import REPLICA, DiskInfo, ObjectStore, ShardKey, Staged, StoreOptions, Usage, Verified
 from sheepdog.contracts.transport import Accept, Address, Buffer, Channel, Listener, Receiver, Transport
 from sheepdog.errors import (
     ClusterError,
@@ -236,6 +236,7 @@ __all__ = [
     "ShardRange",
     "ShardWrite",
     "SheepdogError",
+    "Staged",
     "StoreBusy",
     "StoreDeviceError",
     "StoreError",

@@ -8,9 +8,11 @@ import pytest
 
 from sheepdog.builtin.filestore import FileStore
 from sheepdog.contracts.store import ShardKey, StoreOptions
+from sheepdog.daemon.block_sums import sum_of, sums_of
 from sheepdog.daemon.checksum_files import ChecksumFiles
-from sheepdog.daemon.checksums import _STATE_BYTES, ChecksummedStore, sum_of, sums_of
-from sheepdog.daemon.journal import Journal, JournaledStore
+from sheepdog.daemon.checksums import _STATE_BYTES, ChecksummedStore
+from sheepdog.daemon.journal import Journal
+from sheepdog.daemon.journaled_store import JournaledStore
 from sheepdog.errors import ObjectNotFound, ShardCorrupt, StoreError
 from sheepdog.model.ids import data_oid
 from sheepdog.testing.memory_store import MemoryMedium, MemoryStore

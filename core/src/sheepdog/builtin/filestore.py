@@ -19,7 +19,7 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
@@ -31,6 +31,8 @@ from sheepdog.api import (
     ObjectNotFound,
     ObjectStore,
     ShardKey,
+    Staged,
+    StoreBusy,
     StoreDeviceError,
     StoreError,
     StoreFull,
@@ -48,9 +50,11 @@ from sheepdog.builtin.filestore_disk import (
     Layout,
     Paths,
     file_name,
-    left_by_another,
     parse_file_name,
+    refuse_another_layout,
 )
+from sheepdog.builtin.filestore_names import Renamed, Unflushed
+from sheepdog.builtin.filestore_spares import Spares
 
 __all__ = ["FileStore", "Layout", "parse_file_name"]
 
@@ -81,15 +85,13 @@ class FileStore(ObjectStore):
         self._punch = True
         self._serial = itertools.count(1)
         self._names = threading.RLock()
-        # Directories with names that may not survive power loss -> number of the last such change.
-        self._unsynced: dict[str, int] = {}
-        self._noting = threading.Lock()
-        self._changes = itertools.count(1)
+        self._renamed = Unflushed(self._flush_directory)
+        self._spares = Spares()
         disks: list[Disk] = []
         given = [_without_slashes(path) for path in options.disks]
         if not options.replacing:
             for path in given:
-                _refuse_another_layout(path, layout)
+                refuse_another_layout(path, layout)
         for path in given:
             if any(disk.path == path for disk in disks):
                 continue
@@ -102,8 +104,9 @@ class FileStore(ObjectStore):
         self._paths = self._use(disks)
         for disk in disks:
             # A former process may have died between a rename and its flush.
-            self._unsynced.update((os.path.join(disk.path, name), 0) for name in (*layout.directories(), STALE))
+            self._renamed.note(os.path.join(disk.path, name) for name in (*layout.directories(), STALE))
             self._say_whether_direct(disk)
+            self._spares.take_up(disk)
         if len(disks) > 1:
             try:
                 self._drop_doubles()
@@ -187,7 +190,7 @@ class FileStore(ObjectStore):
             if durable:
                 io.sync_directory(directory)
             else:
-                self._note_names(directory)
+                self._renamed.note((directory,))
         except OSError as error:
             raise disk.trouble(error, f"creating {os.path.basename(path)}") from error
 
@@ -257,6 +260,72 @@ class FileStore(ObjectStore):
         finally:
             os.close(fd)
 
+    # ---- whole contents
+
+    def stage(self, key: ShardKey, data: Buffer, *, durable: bool) -> Staged | None:
+        disk = self._paths.disk_of(key)
+        path = self._paths[key]
+
+        def write(spare: str, view: memoryview) -> None:
+            direct = self._direct and is_data(key.oid) and io.direct_possible(0, len(view))
+            if not (direct and io.write_direct(spare, view, 0, durable=durable)):
+                io.write_file(spare, view, 0, os.O_DSYNC if durable else 0)
+
+        try:
+            return self._spares.stage(disk, key, path, data, write, durable)
+        except OSError as error:
+            raise disk.trouble(error, f"writing {file_name(key)}") from error
+
+    def unstage(self, staged: Staged) -> None:
+        self._spares.unstage(staged)
+
+    def exchange(self, staged: Staged) -> None:
+        self._exchange(staged.key, lambda path: self._spares.exchange(staged, path))
+
+    def _exchange(self, key: ShardKey, exchange: Callable[[str], T]) -> T:
+        with self._names:
+            path = self._paths[key]
+            try:
+                result = exchange(path)
+            except FileNotFoundError:
+                if os.path.exists(path):
+                    raise StoreBusy(f"{file_name(key)}: its other content was removed") from None
+                self._check_all(self._paths)
+                raise self._missing(key) from None
+            except OSError as error:
+                raise self._trouble(error, key) from error
+            self._renamed.note((key,))
+            return result
+
+    def put_back(self, key: ShardKey, old: int, *, durable: bool) -> bool:
+        def settle() -> None:
+            self._renamed.note((key,))
+            if durable:
+                self._renamed.flush({key: self._exchanged_in(key)})
+
+        return self._exchange(key, lambda path: self._spares.put_back(key, old, path, settle))
+
+    def release(self, versions: Iterable[tuple[ShardKey, int]] | None = None) -> None:
+        self._spares.release(versions)
+
+    def finish_exchanges(self, exchanges: Sequence[Staged], kept: Iterable[tuple[ShardKey, int]]) -> list[ShardKey]:
+        def live(key: ShardKey) -> str | None:
+            places = (self._paths.on(disk, key) for disk in self._paths.disks_for(key))
+            return next(filter(os.path.exists, places), None)
+
+        try:
+            touched = self._spares.finish(exchanges, kept, live)
+        except OSError as error:
+            raise StoreDeviceError(f"bringing files to their places: {error.strerror}") from error
+        self._renamed.note(touched)
+        return touched
+
+    def upkeep(self) -> None:
+        self._spares.upkeep()
+
+    def close(self) -> None:
+        self._spares.close()
+
     # ---- read
 
     def read_into(self, key: ShardKey, buffer: memoryview, *, offset_bytes: int) -> int:
@@ -306,7 +375,7 @@ class FileStore(ObjectStore):
                 except OSError as error:
                     raise disk.trouble(error, f"removing {file_name(key)}") from error
                 found = True
-                self._note_names(os.path.dirname(path))
+                self._renamed.note((os.path.dirname(path),))
         if not found:
             self._check_all(paths)
             raise self._missing(key)
@@ -365,7 +434,7 @@ class FileStore(ObjectStore):
                             disk.make_directories()  # the stale area was missing
                             os.rename(live, stale)
                         home = disk
-                        self._note_names(os.path.dirname(live), os.path.dirname(stale))
+                        self._renamed.note((os.path.dirname(live), os.path.dirname(stale)))
                         # Renaming between two links of one file (revived, then retired again) does nothing at all.
                         _unlink_if_there(live)
                     else:
@@ -410,6 +479,7 @@ class FileStore(ObjectStore):
 
     def wipe(self) -> None:
         with self._names:
+            self._spares.forget()
             for disk in self._paths.disks:
                 disk.wipe()
 
@@ -435,7 +505,7 @@ class FileStore(ObjectStore):
 
     def sync(self, keys: Iterable[ShardKey]) -> None:
         paths = self._paths
-        directories: set[str] = set()
+        renamed: dict[Renamed, tuple[str, ...]] = {}
         for key in dict.fromkeys(keys):
             path = paths[key]
             try:
@@ -445,7 +515,7 @@ class FileStore(ObjectStore):
                 places = [paths.on(disk, key) for disk in paths.disks]
                 path = next(filter(os.path.exists, places), "")
                 if not path:
-                    directories.update(map(os.path.dirname, places))  # that it is gone survives as well
+                    renamed.update((place, (place,)) for place in map(os.path.dirname, places))  # it stays gone
                     continue
                 fd = os.open(path, _READ)
             except OSError as error:
@@ -456,29 +526,25 @@ class FileStore(ObjectStore):
                 raise self._trouble(error, key) from error
             finally:
                 os.close(fd)
-            if self._unsynced:
-                directories.add(os.path.dirname(path))
-        for directory in sorted(directories):
-            self._sync_names(directory)
+            if self._renamed:
+                directory = os.path.dirname(path)
+                renamed[directory] = (directory,)
+                if key in self._renamed:
+                    renamed[key] = self._exchanged_in(key)
+        if renamed:
+            self._renamed.flush(renamed)
 
-    def _note_names(self, *directories: str) -> None:
-        """Names in these directories changed and may not survive power loss."""
-        with self._noting:
-            self._unsynced.update(dict.fromkeys(directories, next(self._changes)))
+    def _exchanged_in(self, key: ShardKey) -> tuple[str, ...]:
+        """The directories with the two names that were exchanged."""
+        return os.path.dirname(self._paths[key]), f"{self._paths.disk_of(key).path}/{STALE}"
 
     def _sync_names(self, directory: str) -> None:
-        """Names made in the directory so far survive power loss; costs nothing if none was made.
+        """Names made in the directory so far survive power loss; costs nothing if none was made."""
+        self._renamed.flush({directory: (directory,)})
 
-        The note stays until the flush is over: another thread whose name that flush covers must wait for it too.
-        """
-        change = self._unsynced.get(directory)
-        if change is None:
-            return
+    def _flush_directory(self, directory: str) -> None:
         try:
             io.sync_directory(directory)
-            with self._noting:
-                if self._unsynced.get(directory) == change:
-                    del self._unsynced[directory]
         except OSError as error:
             for disk in self._paths.disks:
                 if directory == disk.path or directory.startswith(disk.path + "/"):
@@ -519,6 +585,7 @@ class FileStore(ObjectStore):
             if len(rest) == len(self._paths.disks):
                 raise StoreError(f"{path} is not a disk of this store")
             self._paths = self._use(rest)
+            self._spares.leave(path)
 
     def reweigh(self) -> Usage:
         with self._names:
@@ -615,16 +682,6 @@ class FileStore(ObjectStore):
 
 def _without_slashes(path: str) -> str:
     return path.rstrip("/") or "/"
-
-
-def _refuse_another_layout(path: str, layout: Layout) -> None:
-    found = left_by_another(path, layout)
-    if found is not None:
-        raise ConfigError(
-            f"{path} has objects in the places of another store, for example {found}\n"
-            "start the sheep with the store that they were written by, or convert them: "
-            "dog upgrade store-convert PATH STORE"
-        )
 
 
 def _inside(one: str, other: str) -> bool:

@@ -19,6 +19,7 @@ from struct import Struct
 
 from sheepdog.api import (
     REPLICA,
+    ConfigError,
     DiskInfo,
     DiskRing,
     ShardKey,
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 STALE = ".stale"
 TEMPORARY = ".tmp"  # anywhere in a name: never finished, removed at start
+SPARE = "spare."  # begins the name of a file in the stale area that is none of a set-aside version (filestore_spares)
 WEIGHT_ATTRIBUTE = "user.md.size"
 DIRECTORY_MODE = 0o770
 
@@ -100,7 +102,7 @@ class Disk:
                 self._remove_contents()
             status = os.stat(path)
             self._identity = (status.st_dev, status.st_ino)
-            self.weight_bytes = self._recorded_weight() or self._record_weight(self._free_bytes())
+            self.weight_bytes = self._recorded_weight() or self._record_weight(self.free_bytes())
             self.make_directories()
             self._remove_unfinished()
         except OSError as error:
@@ -154,7 +156,8 @@ class Disk:
         os.setxattr(self.path, WEIGHT_ATTRIBUTE, _WEIGHT.pack(weight_bytes))
         return weight_bytes
 
-    def _free_bytes(self) -> int:
+    def free_bytes(self) -> int:
+        """As the file system says now."""
         status = os.statvfs(self.path)
         return status.f_frsize * status.f_bavail
 
@@ -181,7 +184,7 @@ class Disk:
     def info(self) -> DiskInfo:
         """Path and usage as measured now; a failing disk has nothing."""
         try:
-            usage = Usage(self._used_bytes(), self._free_bytes(), self.weight_bytes)
+            usage = Usage(self._used_bytes(), self.free_bytes(), self.weight_bytes)
         except (OSError, StoreError) as error:
             logger.warning("disk %s cannot be measured: %s", self.path, error)
             usage = Usage(0, 0, self.weight_bytes)
@@ -190,7 +193,7 @@ class Disk:
     def reweigh(self) -> None:
         """The recorded weight is what the disk could hold now: its objects and the free space."""
         try:
-            self.weight_bytes = self._record_weight(self._used_bytes() + self._free_bytes())
+            self.weight_bytes = self._record_weight(self._used_bytes() + self.free_bytes())
         except OSError as error:
             raise self.trouble(error, "measuring") from error
 
@@ -229,14 +232,20 @@ class Disk:
         for directory in (*self._layout.directories(), STALE):
             base = os.path.join(self.path, directory)
             for name in os.listdir(base):
-                if TEMPORARY in name:
+                if TEMPORARY in name and not _is_spare(name):
                     logger.debug("removing unfinished %s/%s", base, name)
                     os.unlink(os.path.join(base, name))
 
+    def spares(self) -> list[str]:
+        """Paths of the spares that lie in the stale area."""
+        return [os.path.join(self.path, STALE, name) for name in sorted(self._names(STALE)) if _is_spare(name)]
+
     def purge_stale(self) -> None:
-        """The stale area is empty."""
+        """No version is in the stale area."""
         base = os.path.join(self.path, STALE)
         for name in self._names(STALE):
+            if _is_spare(name):
+                continue
             try:
                 os.unlink(os.path.join(base, name))
             except FileNotFoundError:
@@ -266,6 +275,10 @@ class Disk:
                 os.unlink(entry.path)
 
 
+def _is_spare(name: str) -> bool:
+    return name.startswith(SPARE) and name.endswith(TEMPORARY)
+
+
 def left_by_another(path: str, layout: Layout) -> str | None:
     """One object file on the disk that this layout would not find there, relative to the disk; None without any."""
     known = frozenset(layout.directories())
@@ -283,6 +296,17 @@ def left_by_another(path: str, layout: Layout) -> str | None:
     except OSError as error:  # taking the disk into use will tell
         logger.debug("looking at %s: %s", path, error)
     return None
+
+
+def refuse_another_layout(path: str, layout: Layout) -> None:
+    """:raises ConfigError: objects lie on the disk where another layout puts them."""
+    found = left_by_another(path, layout)
+    if found is not None:
+        raise ConfigError(
+            f"{path} has objects in the places of another store, for example {found}\n"
+            "start the sheep with the store that they were written by, or convert them: "
+            "dog upgrade store-convert PATH STORE"
+        )
 
 
 def _is_object(name: str) -> bool:

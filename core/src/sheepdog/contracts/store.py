@@ -8,7 +8,7 @@ the call. A store keeps no file of an object open between calls.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -58,6 +58,17 @@ class Verified(NamedTuple):
 
     count: int  # type: ignore[assignment]  # hides tuple.count(), which means nothing here
     complete: bool
+
+
+class Staged(NamedTuple):
+    """A new content of a whole shard that lies ready beside it.
+
+    ``new`` and ``old`` name it and what was live when it was staged; a store that is opened later knows the same names.
+    """
+
+    key: ShardKey
+    new: int
+    old: int
 
 
 class ObjectStore(ABC):
@@ -211,6 +222,52 @@ class ObjectStore(ABC):
     def reweigh(self) -> Usage:
         """The recorded weights are measured again; returns the new usage."""
         return self.usage()
+
+    # ---- whole contents that take each other's place
+
+    def stage(self, key: ShardKey, data: Buffer, *, durable: bool) -> Staged | None:
+        """``data`` lies ready to be the whole content of the live shard, which is as it was.
+
+        ``None``: it has to be written in place here, because the store cannot do this, has no space for it, or the live
+        shard has another size or is missing.
+
+        :param durable: on return it survives power loss, also its name.
+        """
+        return None
+
+    def unstage(self, staged: Staged) -> None:
+        """Nobody wants it any more. Also where it was used or given up already."""
+
+    def exchange(self, staged: Staged) -> None:
+        """What was staged is live, and what was live is kept until it is released. A mutator, quick; not durable.
+
+        Atomic, also when the power fails: the one or the other, until ``sync`` of the shard makes it sure.
+
+        :raises ObjectNotFound: no live shard under this key.
+        :raises StoreBusy: the shard was replaced since; what was staged is given up.
+        """
+        raise AssertionError(f"{staged} was not staged here")
+
+    def put_back(self, key: ShardKey, old: int, *, durable: bool) -> bool:
+        """What an exchange replaced is live again, if it is not already; False when it is not kept here. A mutator.
+
+        :raises ObjectNotFound: no live shard under this key.
+        """
+        return False
+
+    def release(self, versions: Iterable[tuple[ShardKey, int]] | None = None) -> None:
+        """Contents that exchanges replaced (``old``) are not asked for any more: these, or all."""
+
+    def finish_exchanges(self, exchanges: Sequence[Staged], kept: Iterable[tuple[ShardKey, int]]) -> list[ShardKey]:
+        """The exchanges are made, after a crash that may have come before or after; which shards were touched.
+
+        Before the store is used for anything else. Those whose new content is not found were made, and the shard has
+        become another one since.
+
+        :param exchanges: the last one of each shard, in their order.
+        :param kept: what may be put back later.
+        """
+        return []
 
     # ---- checksums
 

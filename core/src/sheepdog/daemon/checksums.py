@@ -25,52 +25,36 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import sys
 import threading
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final
 
-from xxhash import xxh3_64_digest, xxh3_64_intdigest
+from xxhash import xxh3_64_intdigest
 
-from sheepdog.contracts.store import Buffer, ObjectStore, ShardKey, Verified
+from sheepdog.contracts.store import Buffer, ObjectStore, ShardKey, Staged, Verified
+from sheepdog.daemon.block_sums import (
+    BLOCK_BYTES,
+    INSIDE,
+    MANY,
+    MASK,
+    PART_BYTES,
+    block_count,
+    sum_of,
+    sums_of,
+    sums_of_new,
+    touched_blocks,
+)
 from sheepdog.daemon.checksum_files import ChecksumFiles, Saved
 from sheepdog.daemon.store_wrapper import StoreWrapper
 from sheepdog.errors import ShardCorrupt, StoreBusy, StoreError
 
 logger = logging.getLogger(__name__)
 
-BLOCK_BYTES: Final = 4096
 MEMORY_BYTES_MAX = 64 << 20  # of sums: those of 16,384 data objects
 _ATTEMPTS = 200  # of a read that meets writes of the same shard
 _PAUSE_S = 0.001  # between them
-_PART_BYTES = 1 << 20
 _STATE_BYTES = 400  # of memory, beside the sums
 _CHANCES = 64  # shards that are passed over for one that rests, whenever room is to be made
-_INSIDE: Final = BLOCK_BYTES - 1
-_MASK: Final = 0xFFFFFFFF
-
-
-def sum_of(block: Buffer) -> int:
-    """Of one block, never 0."""
-    return xxh3_64_intdigest(block) & _MASK or 1
-
-
-_ZERO_SUM = sum_of(bytes(BLOCK_BYTES))
-_SLICES: Final = tuple(slice(begin, begin + BLOCK_BYTES) for begin in range(0, _PART_BYTES, BLOCK_BYTES))
-_MANY: Final = 4  # blocks from which on ``sums_of`` is the quicker way
-
-
-def sums_of(blocks: memoryview) -> array[int]:
-    """Of whole blocks, without a step of the interpreter for each: half as dear. May be 0, so not known, by chance."""
-    sums = array("I")
-    for begin in range(0, len(blocks), _PART_BYTES):
-        part = blocks[begin : begin + _PART_BYTES]
-        raw = b"".join(map(xxh3_64_digest, map(part.__getitem__, _SLICES[: len(part) >> 12])))
-        sums.frombytes(memoryview(raw).cast("I")[1::2].tobytes())
-    if sys.byteorder == "little":
-        sums.byteswap()  # a digest is written as a big-endian number
-    return sums
 
 
 class _State:
@@ -100,6 +84,7 @@ class ChecksummedStore(StoreWrapper):
         self._states: dict[ShardKey, _State] = {}  # what was taken up longest ago at the front
         self._changed: dict[ShardKey, _State] = {}  # those that do not rest
         self._period = object()
+        self._staged: dict[tuple[ShardKey, int], array[int]] = {}  # sums of contents that are not live yet
         self._closed = threading.Event()
         self.distrust = False
         """While a journal is replayed: what is written to was changed in ways that the sums on disk may not know."""
@@ -211,12 +196,12 @@ class ChecksummedStore(StoreWrapper):
             if durable:
                 self._files.flush()
             length = len(data)
-            if length == BLOCK_BYTES and not offset_bytes & _INSIDE and offset_bytes + length <= state.size:
+            if length == BLOCK_BYTES and not offset_bytes & INSIDE and offset_bytes + length <= state.size:
                 self.inner.write(key, data, offset_bytes=offset_bytes, durable=durable)
                 sums = state.sums
                 if sums is None:
                     sums = self._blank(key, state)
-                sums[offset_bytes >> 12] = xxh3_64_intdigest(data) & _MASK or 1
+                sums[offset_bytes >> 12] = xxh3_64_intdigest(data) & MASK or 1
             elif length:
                 self._write_range(key, state, memoryview(data), offset_bytes, durable)
             else:
@@ -224,7 +209,7 @@ class ChecksummedStore(StoreWrapper):
         except BaseException:
             # Some of it may have been written.
             if state.sums is not None:
-                for block in _touched(offset_bytes, len(data), len(state.sums)):
+                for block in touched_blocks(offset_bytes, len(data), len(state.sums)):
                     state.sums[block] = 0
             raise
         finally:
@@ -232,7 +217,7 @@ class ChecksummedStore(StoreWrapper):
 
     def try_write(self, key: ShardKey, data: Buffer, *, offset_bytes: int) -> bool:
         state = self._states.get(key)
-        if state is None or state.saved or len(data) != BLOCK_BYTES or offset_bytes & _INSIDE:
+        if state is None or state.saved or len(data) != BLOCK_BYTES or offset_bytes & INSIDE:
             return super().try_write(key, data, offset_bytes=offset_bytes)
         # What guests write most: one whole block, of a shard that changed a moment ago.
         state.changes += 1  # before the look at ``period``: see ``_rest``
@@ -242,7 +227,7 @@ class ChecksummedStore(StoreWrapper):
                 block = offset_bytes >> 12
                 try:
                     if self._try_write_inner(key, data, offset_bytes=offset_bytes):
-                        sums[block] = xxh3_64_intdigest(data) & _MASK or 1
+                        sums[block] = xxh3_64_intdigest(data) & MASK or 1
                         return True
                 except BaseException:
                     sums[block] = 0  # some of it may have been written
@@ -251,12 +236,61 @@ class ChecksummedStore(StoreWrapper):
             state.changes += 1
         return super().try_write(key, data, offset_bytes=offset_bytes)
 
+    def stage(self, key: ShardKey, data: Buffer, *, durable: bool) -> Staged | None:
+        staged = self.inner.stage(key, data, durable=durable)
+        if staged is not None:
+            self._staged[key, staged.new] = sums_of_new(memoryview(data), 0, len(data))
+        return staged
+
+    def unstage(self, staged: Staged) -> None:
+        self._staged.pop((staged.key, staged.new), None)
+        self.inner.unstage(staged)
+
+    def exchange(self, staged: Staged) -> None:
+        sums = self._staged.pop((staged.key, staged.new), None)
+
+        def change() -> bool:
+            self.inner.exchange(staged)
+            return True
+
+        self._replace(staged.key, sums, change)
+
+    def put_back(self, key: ShardKey, old: int, *, durable: bool) -> bool:
+        return self._replace(key, None, lambda: self.inner.put_back(key, old, durable=durable))
+
+    def _replace(self, key: ShardKey, sums: array[int] | None, change: Callable[[], bool]) -> bool:
+        """``change()`` gives the shard another content of the same size, with these sums, and says whether it did."""
+        state = self._load(key)
+        state.changes += 1
+        try:
+            self._begin(key, state)
+            done = change()
+            if done:
+                with self._lock:
+                    known = self._states.get(key) is state
+                    if known:
+                        self._memory_bytes -= _bytes_of(state)
+                    state.sums = sums
+                    if known:
+                        self._memory_bytes += _bytes_of(state)
+                        self._trim(key)
+            return done
+        finally:
+            state.changes += 1
+
+    def finish_exchanges(self, exchanges: Sequence[Staged], kept: Iterable[tuple[ShardKey, int]]) -> list[ShardKey]:
+        for staged in exchanges:
+            self._files.drop(staged.key)
+        if exchanges and self._files.durable:
+            self._files.flush()
+        return self.inner.finish_exchanges(exchanges, kept)
+
     def _blank(self, key: ShardKey, state: _State) -> array[int]:
         with self._lock:
             known = self._states.get(key) is state
             if known:
                 self._memory_bytes -= _bytes_of(state)
-            state.sums = sums = array("I", bytes(4 * _blocks(state.size)))
+            state.sums = sums = array("I", bytes(4 * block_count(state.size)))
             if known:
                 self._memory_bytes += _bytes_of(state)
                 self._trim(key)
@@ -279,7 +313,7 @@ class ChecksummedStore(StoreWrapper):
                 partial[block] = self._old_block(key, state, block)
         self.inner.write(key, data, offset_bytes=offset, durable=durable)
         first_block, last_block = offset >> 12, (end - 1) >> 12
-        if not partial and not end & _INSIDE:
+        if not partial and not end & INSIDE:
             sums[first_block : last_block + 1] = sums_of(data)
             return
         for block in range(first_block, last_block + 1):
@@ -345,7 +379,7 @@ class ChecksummedStore(StoreWrapper):
                     self._changed[key] = old
                 old.changes += 1
             raise
-        state = _State(size_bytes, _sums_of_new(memoryview(data), offset_bytes, size_bytes), saved=False)
+        state = _State(size_bytes, sums_of_new(memoryview(data), offset_bytes, size_bytes), saved=False)
         with self._lock:
             state.period = self._period
             self._put(key, state)
@@ -365,6 +399,7 @@ class ChecksummedStore(StoreWrapper):
             self._files.renew()
             for key in list(self._states):
                 self._forget(key)
+            self._staged.clear()
         self.inner.wipe()
 
     def sync(self, keys: Iterable[ShardKey]) -> None:
@@ -394,14 +429,14 @@ class ChecksummedStore(StoreWrapper):
         block = offset >> 12
         if count != len(view):
             view = view[:count]
-        if count >= _MANY * BLOCK_BYTES:
-            whole = count & ~_INSIDE
+        if count >= MANY * BLOCK_BYTES:
+            whole = count & ~INSIDE
             if sums_of(view[:whole]) == sums[block : block + (whole >> 12)]:
                 view, block, count, offset = view[whole:], block + (whole >> 12), count - whole, offset + whole
             # Otherwise some are not known, or wrong: one by one.
         for begin in range(0, count, BLOCK_BYTES):
             want = sums[block]
-            if want and (xxh3_64_intdigest(view[begin : begin + BLOCK_BYTES]) & _MASK or 1) != want:
+            if want and (xxh3_64_intdigest(view[begin : begin + BLOCK_BYTES]) & MASK or 1) != want:
                 return f"the block at {block << 12} differs from its checksum"
             block += 1
         return ""
@@ -411,14 +446,14 @@ class ChecksummedStore(StoreWrapper):
     ) -> tuple[int | None, str]:
         """The count that ``read(view, offset)`` returned, and what is wrong with the bytes."""
         end = offset + len(view)
-        if not offset & _INSIDE and (not end & _INSIDE or end >= state.size):
+        if not offset & INSIDE and (not end & INSIDE or end >= state.size):
             count = read(view, offset)
             return count, "" if count is None else self._wrong(state, view, offset, count)
         if offset >= state.size:
             return read(view, offset), ""
         # Whole blocks, of which a part was asked for.
-        begin = offset & ~_INSIDE
-        wide = memoryview(bytearray(min((end + _INSIDE) & ~_INSIDE, state.size) - begin))
+        begin = offset & ~INSIDE
+        wide = memoryview(bytearray(min((end + INSIDE) & ~INSIDE, state.size) - begin))
         count = read(wide, begin)
         if count is None:
             return None, ""
@@ -434,14 +469,14 @@ class ChecksummedStore(StoreWrapper):
         if state.sums is None and not state.saved:
             return self.inner.try_read_into(key, buffer, offset_bytes=offset_bytes)
         changes = state.changes
-        if len(buffer) == BLOCK_BYTES and not offset_bytes & _INSIDE and state.sums is not None:
+        if len(buffer) == BLOCK_BYTES and not offset_bytes & INSIDE and state.sums is not None:
             # What guests ask for most, without the generality below.
             count = self._try_inner(key, buffer, offset_bytes=offset_bytes)
             if count is None:
                 return None
             if count == BLOCK_BYTES and offset_bytes + BLOCK_BYTES <= state.size:
                 want = state.sums[offset_bytes >> 12]
-                if not want or (xxh3_64_intdigest(buffer) & _MASK or 1) == want:
+                if not want or (xxh3_64_intdigest(buffer) & MASK or 1) == want:
                     return count
         count, reason = self._read(
             state, buffer, offset_bytes, lambda view, at: self.inner.try_read_into(key, view, offset_bytes=at)
@@ -529,16 +564,16 @@ class ChecksummedStore(StoreWrapper):
             return self.inner.digest(key, epoch=epoch)
         offset, complete = 0, True
         while True:
-            part = self.verify(key, offset_bytes=offset, length_bytes=_PART_BYTES)
+            part = self.verify(key, offset_bytes=offset, length_bytes=PART_BYTES)
             complete = complete and part.complete
             offset += part.count
-            if part.count < _PART_BYTES:
+            if part.count < PART_BYTES:
                 break
         # What was remembered once says nothing about bytes that have no checksum.
         return self.inner.digest(key, cache=cache and complete)
 
     def _verify_stale(self, key: ShardKey, epoch: int) -> None:
-        view = memoryview(bytearray(_PART_BYTES))
+        view = memoryview(bytearray(PART_BYTES))
         offset = 0
         while (count := self.read_stale_into(key, epoch, view, offset_bytes=offset)) == len(view):
             offset += count
@@ -549,15 +584,15 @@ class ChecksummedStore(StoreWrapper):
         if sums is None and not state.saved:
             return self.inner.verify(key, offset_bytes=offset_bytes, length_bytes=length_bytes)
         count = self.read_into(key, memoryview(bytearray(length_bytes)), offset_bytes=offset_bytes)
-        known = sums is not None and all(sums[offset_bytes >> 12 : (offset_bytes + count + _INSIDE) >> 12])
+        known = sums is not None and all(sums[offset_bytes >> 12 : (offset_bytes + count + INSIDE) >> 12])
         return Verified(count, known)
 
     def accept(self, key: ShardKey, digest: bytes) -> bool:
         size = self.inner.size(key)
         modified_ns = self._modified_ns(key)
-        sums = array("I", bytes(4 * _blocks(size)))
+        sums = array("I", bytes(4 * block_count(size)))
         sha1 = hashlib.sha1(usedforsecurity=False)
-        view = memoryview(bytearray(min(_PART_BYTES, max(size, 1))))
+        view = memoryview(bytearray(min(PART_BYTES, max(size, 1))))
         offset = 0
         while count := self.inner.read_into(key, view, offset_bytes=offset):
             sha1.update(view[:count])
@@ -640,43 +675,10 @@ class ChecksummedStore(StoreWrapper):
         self.inner.close()
 
 
-def _sums_of_new(data: memoryview, offset: int, size: int) -> array[int]:
-    """Of a shard of zeros but for ``data``."""
-    sums = array("I", [_ZERO_SUM]) * _blocks(size)
-    if size & _INSIDE:
-        sums[-1] = sum_of(bytes(size & _INSIDE))
-    end = offset + len(data)
-    done = range(0)
-    if not offset & _INSIDE and len(data) >= _MANY * BLOCK_BYTES:
-        done = range(offset >> 12, end >> 12)
-        sums[done.start : done.stop] = sums_of(data[: len(done) << 12])
-    for block in _touched(offset, len(data), len(sums)):
-        if block in done:
-            continue
-        begin = block << 12
-        stop = min(begin + BLOCK_BYTES, size)
-        if begin >= offset and stop <= end:
-            sums[block] = sum_of(data[begin - offset : stop - offset])
-        else:
-            whole = bytearray(stop - begin)
-            first, last = max(begin, offset), min(stop, end)
-            whole[first - begin : last - begin] = data[first - offset : last - offset]
-            sums[block] = sum_of(whole)
-    return sums
-
-
 def _state_of(found: Saved) -> _State:
-    known = len(found.sums) == _blocks(found.size_bytes)
+    known = len(found.sums) == block_count(found.size_bytes)
     return _State(found.size_bytes, found.sums if known else None, saved=True)
-
-
-def _blocks(size: int) -> int:
-    return (size + _INSIDE) >> 12
 
 
 def _bytes_of(state: _State) -> int:
     return _STATE_BYTES + (0 if state.sums is None else 4 * len(state.sums))
-
-
-def _touched(offset: int, length: int, blocks: int) -> range:
-    return range(offset >> 12, min((offset + length + _INSIDE) >> 12, blocks)) if length else range(0)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
-from sheepdog.contracts.store import Buffer, DiskInfo, ObjectStore, ShardKey, Usage, Verified
+from sheepdog.contracts.store import Buffer, DiskInfo, ObjectStore, ShardKey, Staged, Usage, Verified
 
 
 class StoreWrapper(ObjectStore):
@@ -84,6 +84,24 @@ class StoreWrapper(ObjectStore):
 
     def reweigh(self) -> Usage:
         return self.inner.reweigh()
+
+    def stage(self, key: ShardKey, data: Buffer, *, durable: bool) -> Staged | None:
+        return self.inner.stage(key, data, durable=durable)
+
+    def unstage(self, staged: Staged) -> None:
+        self.inner.unstage(staged)
+
+    def exchange(self, staged: Staged) -> None:
+        self.inner.exchange(staged)
+
+    def put_back(self, key: ShardKey, old: int, *, durable: bool) -> bool:
+        return self.inner.put_back(key, old, durable=durable)
+
+    def release(self, versions: Iterable[tuple[ShardKey, int]] | None = None) -> None:
+        self.inner.release(versions)
+
+    def finish_exchanges(self, exchanges: Sequence[Staged], kept: Iterable[tuple[ShardKey, int]]) -> list[ShardKey]:
+        return self.inner.finish_exchanges(exchanges, kept)
 
     def verify(self, key: ShardKey, *, offset_bytes: int, length_bytes: int) -> Verified:
         return self.inner.verify(key, offset_bytes=offset_bytes, length_bytes=length_bytes)

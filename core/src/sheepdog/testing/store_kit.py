@@ -28,6 +28,7 @@ from sheepdog.daemon.checksums import ChecksummedStore
 from sheepdog.errors import ObjectNotFound, ShardCorrupt, StoreError
 from sheepdog.model.ids import data_oid
 from sheepdog.testing.store_disk_checks import DiskChecks
+from sheepdog.testing.store_exchange_checks import ExchangeChecks
 from sheepdog.testing.store_tools import (
     ASSORTED,
     INODE,
@@ -46,7 +47,7 @@ from sheepdog.testing.store_tools import (
 __all__ = ["StoreKit", "content", "get", "get_stale", "put"]
 
 
-class StoreKit(DiskChecks):
+class StoreKit(DiskChecks, ExchangeChecks):
     """Subclass it and supply ``store_factory``."""
 
     @pytest.fixture
