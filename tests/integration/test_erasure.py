@@ -318,29 +318,29 @@ def test_below_data_nodes(fresh_cluster):
 
 
 def test_shutdown_and_restart(fresh_cluster):
-    """EC-5: nodes die with recovery between, the cluster is shut down, all start again: the data is equal."""
-    cluster = fresh_cluster(5, driver="local", store="plain", redundancy="2:2")
+    """EC-5: three of 14 die with recovery between, the cluster is shut down, all start again: the data is equal."""
+    cluster = fresh_cluster(14, driver="local", store="plain", redundancy="8:4", start_s=90)
     cluster.format()
     cluster.dog("vdi", "create", "alpha", "16M")
     content = pattern(50, 12 * MiB)
     write(cluster, "alpha", 0, content)
-    for index in (4, 3):
+    for index in (13, 12, 11):
         kill(cluster, index)
         cluster.wait_recovered()
         assert read(cluster, "alpha", 0, 12 * MiB) == content
     cluster.dog("cluster", "shutdown")
-    for index in range(3):
+    for index in range(11):
         wait_until(lambda index=index: not cluster.sheep[index].running, "the sheep to end")
-    for index in range(5):
+    for index in range(14):
         cluster.restart(index, wait=False)
     cluster.wait_recovered()
 
-    for node in range(5):
+    for node in (0, 5, 13):
         assert read(cluster, "alpha", 0, 12 * MiB, node=node) == content
     cluster.dog("vdi", "create", "beta", "4M")
     write(cluster, "beta", 0, pattern(51, 1000))
     beta = vid_of_name(cluster, "beta")
-    assert strips(cluster, beta) == {data_oid(beta, 0): [0, 1, 2, 3]}, "EC-9: the default survives a restart"
+    assert strips(cluster, beta) == {data_oid(beta, 0): list(range(12))}, "EC-9: the default survives a restart"
 
 
 def test_strict(fresh_cluster):
@@ -391,11 +391,12 @@ def test_killed_at_once(fresh_cluster):
 def test_killed_at_once_and_a_disk_lost(fresh_cluster):
     """All nodes are killed in the middle of writes and one disk is lost: every stripe has its old or its new content.
 
-    The log of strips is there after the kill and gone after an orderly end.
+    So has an object that is written as a whole, into files beside. The log of strips and these files are there after
+    the kill and gone after an orderly end.
     """
     cluster = fresh_cluster(3, driver="local", store="plain", redundancy="2:1")
     cluster.format()
-    cluster.dog("vdi", "create", "alpha", "4M")
+    cluster.dog("vdi", "create", "alpha", "8M")
     place, places = 256, 12  # half a stripe each
     write(cluster, "alpha", 0, bytes(place * places))
     acknowledged = dict.fromkeys(range(places), 0)
@@ -406,14 +407,23 @@ def test_killed_at_once_and_a_disk_lost(fresh_cluster):
                 opened.write(number * place, bytes([value % 251]) * place)
                 acknowledged[number] = value
 
+    whole = [0]  # acknowledged values of the second object
+
+    def change_all() -> None:
+        with suppress(SheepdogError, OSError), volume(cluster, "alpha", node=1) as opened:
+            for value in range(100_000):
+                opened.write(4 * MiB, bytes([value % 251]) * (4 * MiB))
+                whole.append(value)
+
     threads = [threading.Thread(target=change, args=(number,)) for number in range(places)]
-    for thread in threads:
+    for thread in (*threads, another := threading.Thread(target=change_all)):
         thread.start()
-    wait_until(lambda: min(acknowledged.values()) > 10, "all writers to be under way")
+    wait_until(lambda: min(acknowledged.values()) > 10 and whole[-1] > 3, "all writers to be under way")
     kill(cluster, 0, 1, 2)
-    for thread in threads:
+    for thread in (*threads, another):
         thread.join()
     assert (cluster.sheep[0].directory / "strip_log0").exists()
+    assert list((cluster.sheep[0].directory / "obj" / ".stale").glob("spare.*.tmp"))
     shutil.rmtree(cluster.sheep[1].directory / "obj")
     for index in range(3):
         cluster.restart(index, wait=False)
@@ -424,7 +434,10 @@ def test_killed_at_once_and_a_disk_lost(fresh_cluster):
         for number in range(places):
             found = set(content[number * place : (number + 1) * place])
             assert len(found) == 1 and found <= {(acknowledged[number] + more) % 251 for more in (0, 1)}, number
+        found = set(read(cluster, "alpha", 4 * MiB, 4 * MiB, node=node))
+        assert len(found) == 1 and found <= {(whole[-1] + more) % 251 for more in (0, 1)}
     cluster.dog("cluster", "shutdown")
     for index in range(3):
         wait_until(lambda index=index: not cluster.sheep[index].running, "the sheep to end")
         assert not (cluster.sheep[index].directory / "strip_log0").exists()
+        assert not list((cluster.sheep[index].directory / "obj" / ".stale").glob("spare.*"))

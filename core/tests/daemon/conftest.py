@@ -19,6 +19,7 @@ collect_ignore = (
         "test_recovery.py",
         "test_recovery_purge.py",
         "test_recovery_settle.py",
+        "test_strip_exchange.py",
         "test_strip_store.py",
         "test_striped.py",
         "test_sweep.py",

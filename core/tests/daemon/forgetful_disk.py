@@ -12,8 +12,9 @@ import threading
 from contextlib import ExitStack
 
 from sheepdog.contracts.store import StoreOptions
-from sheepdog.daemon.journal import Journal, JournaledStore
+from sheepdog.daemon.journal import Journal
 from sheepdog.daemon.journal_files import JOURNAL, STRIPS, Left, file_paths, replay
+from sheepdog.daemon.journaled_store import JournaledStore
 from sheepdog.daemon.strip_store import StripLog, StripStore
 from sheepdog.errors import ObjectNotFound
 from sheepdog_store_plain import sheepdog_object_store as plain_store

@@ -12,8 +12,9 @@ import pytest
 
 from sheepdog.contracts.store import ShardKey, StoreOptions
 from sheepdog.daemon.config import JournalConfig, SheepConfig
-from sheepdog.daemon.journal import Journal, JournaledStore, start_journal
+from sheepdog.daemon.journal import Journal, start_journal
 from sheepdog.daemon.journal_files import JournalFile, file_paths, replay
+from sheepdog.daemon.journaled_store import JournaledStore
 from sheepdog.errors import ConfigError, StoreDeviceError, StoreFull
 from sheepdog.model.journal_entry import JournalEntry, JournalKind, scan
 from sheepdog.testing.memory_store import MemoryMedium, MemoryStore

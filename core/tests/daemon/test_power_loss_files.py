@@ -17,8 +17,9 @@ from sheepdog.builtin.tcp import sheepdog_transport
 from sheepdog.contracts.store import StoreOptions
 from sheepdog.daemon.checksum_files import ChecksumFiles
 from sheepdog.daemon.checksums import ChecksummedStore
-from sheepdog.daemon.journal import Journal, JournaledStore
+from sheepdog.daemon.journal import Journal
 from sheepdog.daemon.journal_files import replay
+from sheepdog.daemon.journaled_store import JournaledStore
 from sheepdog.model.ids import data_oid, inode_oid
 from sheepdog_redundancy_ec import sheepdog_redundancy
 from sheepdog_store_plain import sheepdog_object_store as plain

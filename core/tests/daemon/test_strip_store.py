@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import pytest
 
 from sheepdog.contracts.store import ShardKey, StoreOptions
-from sheepdog.daemon.journal import Journal, JournaledStore
+from sheepdog.daemon.journal import Journal
 from sheepdog.daemon.journal_files import STRIPS, Left, file_paths, left_journal, replay
+from sheepdog.daemon.journaled_store import JournaledStore
 from sheepdog.daemon.strip_memory import Record, StripChange, StripMemory
 from sheepdog.daemon.strip_store import StripLog, StripStore
 from sheepdog.errors import StoreDeviceError
@@ -345,3 +346,22 @@ def test_memory_is_bounded():
 
     assert sum(record.size_bytes for record in memory.records.values()) <= 64 * MiB
     assert {PRIMARY | count for count in range(190, 200)} <= {record.number for record in memory.records.values()}
+
+
+def test_record_that_is_said_twice():
+    """A record that the new file of a log carries over, beside the entry that was on its way, is no decision."""
+    memory = StripMemory()
+    for _ in range(2):
+        memory.note(Record(PRIMARY | 5, 1, 1, STRIP, ((0, b"old"),), HOLDERS), 1)
+
+    assert not memory.complete(STRIP.oid, PRIMARY | 5)
+    assert memory.records[STRIP.oid].pieces == ((0, b"old"),)
+
+
+def test_marks_never_go_back():
+    """Of marks that are noted in another order than they were sent, the highest counts."""
+    memory = StripMemory()
+    for low_water in (7, 9, 8):
+        memory.note(Record(PRIMARY | 20 + low_water, 1, 1, STRIP, ((0, b"old"),), HOLDERS), low_water)
+
+    assert memory.complete(OTHER.oid, PRIMARY | 8) and not memory.complete(OTHER.oid, PRIMARY | 9)

@@ -11,7 +11,9 @@ from sheepdog.contracts.store import ShardKey, StoreOptions
 from sheepdog.daemon import striped
 from sheepdog.daemon.checksum_files import ChecksumFiles
 from sheepdog.daemon.checksums import ChecksummedStore
+from sheepdog.daemon.store_wrapper import StoreWrapper
 from sheepdog.daemon.strip_memory import StripMemory
+from sheepdog.daemon.strip_store import StripLog, StripStore
 from sheepdog.daemon.striped_undo import StripUndo
 from sheepdog.errors import RequestError, ShardCorrupt, SheepdogError
 from sheepdog.model.ids import attribute_oid, data_oid
@@ -20,6 +22,7 @@ from sheepdog.wire.extensions import STRIP_WRITE
 from sheepdog.wire.opcodes import Op
 from sheepdog.wire.results import Result
 from sheepdog_redundancy_ec import sheepdog_redundancy
+from sheepdog_store_plain import sheepdog_object_store as plain_store
 
 from .data_plane import random_bytes
 from .recovery_world import VID, world
@@ -40,7 +43,7 @@ def make_store(number):
     return MemoryStore(StoreOptions((f"/d{number}",)), MemoryMedium())
 
 
-def striped_world(count, policy=FOUR_TWO):
+def striped_world(count, policy=FOUR_TWO, make_store=make_store):
     copies = (policy >> 4) * 2 + (policy & 15)
     return world(count, make_store, copies=copies, factories=(sheepdog_redundancy(),), policy=policy)
 
@@ -154,25 +157,25 @@ async def test_computed_reads_beside_writes():
         assert len(seen) > 1
 
 
-async def interrupted(made, oid, reached, survivors):
+async def interrupted(made, oid, reached, survivors, offset=300, length=1200, size=PART):
     """A write of bytes 300 to 1500 reaches only the strips of ``reached``; then the primary is gone.
 
     :returns: the content before, and as it would be after the write.
     """
     order = holders(made, oid)
     primary = made.sheep[order[0]]
-    before = random_bytes(5, PART)
+    before = random_bytes(5, size)
     await primary.objects.create(oid, 0, before)
     await primary.objects.write(oid, 0, before[:4096])  # every holder has a record of a complete change
-    data = random_bytes(6, 1200)
+    data = random_bytes(6, length)
     lose_changes(primary, [made.sheep[order[index]].node.id for index in range(1, 6) if index not in reached])
-    primary.gateway.submit_write(oid, 300, data, lambda *_: None)
+    primary.gateway.submit_write(oid, offset, data, lambda *_: None)
     old = {index: made.content(order[index], oid, index) for index in reached}
     with anyio.fail_after(10):
         while any(made.content(order[index], oid, index) == old[index] for index in reached):
             await anyio.sleep(0.005)
     await made.change(*survivors(order))
-    return before, before[:300] + data + before[1500:]
+    return before, before[:offset] + data + before[offset + length :]
 
 
 CASES = [
@@ -197,6 +200,43 @@ async def test_write_that_dies_half_way(reached, spare):
         order = holders(made, oid)
         made.sheep[order[0]].store.remove(ShardKey(oid, 0))
         assert await readable(made.sheep[order[1]], oid, 0, PART) in contents
+
+
+@pytest.mark.parametrize(("reached", "stays"), [((1, 2), False), ((1, 2, 3), False), ((1, 2, 3, 4, 5), True)])
+async def test_whole_object_that_dies_half_way(tmp_path, reached, stays):
+    """The same for a change of whole strips, which are written beside the old ones and not over them."""
+
+    done = []
+    logs = []
+
+    class Watched(StoreWrapper):
+        def exchange(self, staged):
+            done.append("exchange")
+            super().exchange(staged)
+
+        def put_back(self, key, old, *, durable):
+            done.append("put back")
+            return super().put_back(key, old, durable=durable)
+
+    def real_store(number):
+        base = tmp_path / str(number)
+        (base / "obj").mkdir(parents=True)
+        made = plain_store(StoreOptions((str(base / "obj"),)))
+        logs.append(StripLog(str(base), synced=False))
+        return StripStore(Watched(made), logs[-1])
+
+    async with striped_world(6, make_store=real_store) as made:
+        oid = made.object_on(0, copies=6)
+        before, after = await interrupted(made, oid, reached, lambda order: order[1:], 0, 4 * MiB, 4 * MiB)
+
+        contents = {await readable(made.sheep[n], oid, 0, 4 * MiB) for n in made.members}
+        await made.recovered()
+        contents |= {await readable(made.sheep[n], oid, 0, 4 * MiB) for n in made.members}
+
+        assert contents == {after if stays else before}
+    assert done.count("exchange") >= len(reached) and ("put back" in done) != stays
+    for log in logs:
+        log.finish()
 
 
 async def test_write_that_reached_all_stays():

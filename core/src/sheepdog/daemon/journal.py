@@ -33,7 +33,6 @@ from sheepdog.contracts.store import Buffer, ObjectStore, ShardKey
 from sheepdog.daemon import journal_files
 from sheepdog.daemon.config import SheepConfig
 from sheepdog.daemon.journal_files import JOURNAL, JournalFile, Left, file_paths, left_journal
-from sheepdog.daemon.store_wrapper import StoreWrapper
 from sheepdog.daemon.strip_memory import Record, StripChange, StripMemory, pack_known
 from sheepdog.errors import ConfigError, StoreError
 from sheepdog.model.journal_entry import JournalEntry, JournalKind, entry_bytes
@@ -63,10 +62,11 @@ class Journal:
         if not os.path.isdir(directory):
             raise ConfigError(f"the journal directory {directory} does not exist")
         left = left or Left()
-        self._strips = left.strips.copy()
+        self._strips = self._collecting(left.strips)
         self._number = left.number  # of the last entry that was added
         self._active = 0
         self.failed = False
+        self.gone = False  # no file is left that could be replayed
         self.entry_bytes_max = size_bytes // 2
         self._lock = threading.Condition()  # of what follows; held for moments
         self._pending: list[JournalEntry] = []
@@ -91,6 +91,12 @@ class Journal:
     def serve(self, flush_store: Callable[[Iterable[ShardKey]], None]) -> None:
         """``flush_store`` makes everything durable that was applied to some shards."""
         self._flush_store = flush_store
+
+    @staticmethod
+    def _collecting(strips: StripMemory) -> StripMemory:
+        made = strips.copy()
+        made.freed = []
+        return made
 
     # ---- adding
 
@@ -138,15 +144,34 @@ class Journal:
                     continue
                 record = change.record._replace(whole=redo)
                 self._strips.note(record, change.low_water)
-                data = record.pack(change.low_water, change.pieces if redo else ())
+                exchange = change.staged is not None
+                data = record.pack(change.low_water, change.pieces if redo else (), redo=exchange)
                 numbers.append(self.add(JournalKind.UNDO, record.key, data, applying=True))
         return numbers
+
+    def freed(self) -> list[tuple[ShardKey, int]]:
+        """What stores kept for changes that nobody takes back, whoever replays the entries that were added so far."""
+        with self._lock:
+            self._strips.drop_complete_exchanges()
+            freed, self._strips.freed = self._strips.freed or [], []
+            return freed
+
+    def not_yet(self, freed: Iterable[tuple[ShardKey, int]]) -> None:
+        """Those entries were not written; the contents are told of again."""
+        with self._lock:
+            self._strips.freed = [*(self._strips.freed or ()), *freed]
 
     def finish_strip(self, record: Record) -> int:
         """A change that the journal does not make is made; the number of the entry."""
         with self._lock:
             self._strips.finish(record.key, record.number)
             return self.add(JournalKind.DONE, record.key, offset=record.number)
+
+    def doubt_strip(self, record: Record) -> int:
+        """A change is about to be taken back: the strip may not have it as a whole any more; number of the entry."""
+        with self._lock:
+            self._strips.doubt(record.key, record.number)
+            return self.add(JournalKind.DONE, record.key, offset=record.number, create=True)
 
     def meet_primary(self, primary: int, low_water: int) -> None:
         """Changes of strips are to come from there."""
@@ -377,7 +402,7 @@ class Journal:
         with self._io:
             with self._lock:
                 self._pending = []
-                self._strips = StripMemory()
+                self._strips = self._collecting(StripMemory())
                 for file in self._files:
                     file.keys.clear()
             if self.failed:
@@ -427,193 +452,13 @@ class Journal:
                     file.close()
 
     def _remove_files(self) -> None:
+        self.gone = True
         for file in self._files:
             try:
                 file.remove()
             except OSError as error:
+                self.gone = False
                 logger.error("the journal file %s cannot be removed (%s)", file.path, error.strerror)
-
-
-class JournaledStore(StoreWrapper):
-    """A store whose changes are durable as soon as the journal has them."""
-
-    def __init__(self, inner: ObjectStore, journal: Journal) -> None:
-        super().__init__(inner)
-        self._given = journal
-        self.strips_left = journal.strips()  # what is known of strips at the start
-        journal.serve(self._flush)
-
-    @property
-    def _journal(self) -> Journal:
-        return self._given
-
-    def _flush(self, keys: Iterable[ShardKey]) -> None:
-        self.inner.sync(keys)
-
-    def _settle(self, number: int, key: ShardKey) -> None:
-        """The change with that entry is durable, by the journal or without it."""
-        if not number or not self._journal.commit(number):
-            self.inner.sync([key])
-
-    @property
-    def flushes_apart(self) -> bool:
-        """One append makes all of them durable, as long as there is a journal."""
-        return self._journal.failed and self.inner.flushes_apart
-
-    # ---- changes
-
-    def create(
-        self, key: ShardKey, data: Buffer, *, offset_bytes: int, size_bytes: int, sparse: bool, durable: bool
-    ) -> None:
-        inner, journal = self.inner, self._journal
-        number = 0
-        journal.drop_strip(key)
-        if entry_bytes(len(data)) <= journal.entry_bytes_max:
-            number = journal.add(
-                JournalKind.STORE, key, data, offset=offset_bytes, create=True, size_bytes=size_bytes, applying=True
-            )
-        try:
-            journaled = bool(number) and journal.commit(number)
-            try:
-                inner.create(
-                    key, data, offset_bytes=offset_bytes, size_bytes=size_bytes, sparse=sparse, durable=not journaled
-                )
-            except BaseException:
-                # Nothing changed; the entry must not come true later.
-                inner.sync([key])
-                self._leave(key)
-                raise
-        finally:
-            journal.applied(number)
-        if not journaled:
-            self._leave(key)
-        elif journal.failed:
-            inner.sync([key])  # the journal went while the file was made
-
-    def _leave(self, key: ShardKey) -> None:
-        """What was journaled of the shard is not replayed."""
-        number = self._journal.add(JournalKind.FORGET, key)
-        if number:
-            self._journal.commit(number)
-
-    def write(self, key: ShardKey, data: Buffer, *, offset_bytes: int, durable: bool) -> None:
-        self.inner.write(key, data, offset_bytes=offset_bytes, durable=False)
-        if entry_bytes(len(data)) > self._journal.entry_bytes_max:
-            self.inner.sync([key])
-            self._leave(key)
-            return
-        # Lent: who waits for the entry here still has it when it is written, everybody else may not.
-        lent = data if durable else bytes(data)
-        number = self._journal.add(JournalKind.STORE, key, lent, offset=offset_bytes)
-        if durable:
-            self._settle(number, key)
-
-    def remove(self, key: ShardKey) -> None:
-        self.inner.remove(key)
-        self._journal.drop_strip(key)
-        self._journal.add(JournalKind.REMOVE, key)
-
-    # ---- strips
-
-    def write_strips(self, changes: Sequence[StripChange]) -> list[StoreError | None]:
-        """Bytes of strips are replaced, and can be put back after a crash; what became of each.
-
-        Durable as ``sync`` is; no shard comes twice.
-        """
-        journal = self._journal
-        redos = [self._redo(change) for change in changes]
-        for change, redo in zip(changes, redos, strict=True):
-            if not redo:
-                self._before_unjournaled(change.record.key)
-        numbers = journal.add_strips(changes, redos)
-        try:
-            try:
-                logged = any(numbers) and journal.commit(max(numbers))
-            except StoreError as error:
-                for change in changes:
-                    self._give_up(change.record.key)
-                return [error] * len(changes)
-            redone = [redo and bool(number) for redo, number in zip(redos, numbers, strict=True)]
-            results = [self._change(change, redo and logged) for change, redo in zip(changes, redone, strict=True)]
-            finished = [
-                journal.finish_strip(change.record)
-                for change, number, redo, result in zip(changes, numbers, redone, results, strict=True)
-                if number and not redo and result is None
-            ]
-            if any(finished):
-                # Only then may the change count as made here, which it must before it is answered.
-                journal.commit(max(finished))
-            return results
-        finally:
-            journal.applied(*numbers)
-
-    def ready_for(self, changes: Sequence[StripChange]) -> bool:
-        """Whether ``write_strips`` would wait for nobody and no disk."""
-        return False
-
-    def _before_unjournaled(self, key: ShardKey) -> None:
-        """A strip is about to be changed outside of the journal, which must not replay older changes over that."""
-
-    def _redo(self, change: StripChange) -> bool:
-        """Whether the new bytes are journaled as well."""
-        return True
-
-    def _change(self, change: StripChange, journaled: bool) -> StoreError | None:
-        key = change.record.key
-        try:
-            for offset, data in change.pieces:
-                self.inner.write(key, data, offset_bytes=offset, durable=False)
-            if not journaled or self._journal.failed:
-                self.inner.sync([key])
-                self._leave(key)
-        except StoreError as error:
-            self._give_up(key)
-            return error
-        return None
-
-    def _give_up(self, key: ShardKey) -> None:
-        """A change of the strip failed: nothing of it comes true later."""
-        self._journal.drop_strip(key)
-        self._journal.add(JournalKind.FORGET, key)
-
-    def meet_primary(self, primary: int, low_water: int) -> None:
-        """It is known, also after a crash, that changes of strips are to come from there."""
-        self._journal.meet_primary(primary, low_water)
-        self._journal.commit()
-
-    def keep_strip(self, oid: int, number: int) -> None:
-        """It is known, also after a crash, that this change stays."""
-        self._journal.keep_strip(oid, number)
-        self._journal.commit()
-
-    def drop_strip(self, key: ShardKey) -> None:
-        """The last change of the strip has been taken back."""
-        self._journal.drop_strip(key)
-
-    def retire(self, key: ShardKey, epoch: int) -> None:
-        self._set_apart(key, lambda: self.inner.retire(key, epoch))
-
-    def revive(self, key: ShardKey, epoch: int) -> None:
-        self._set_apart(key, lambda: self.inner.revive(key, epoch))
-
-    def _set_apart(self, key: ShardKey, change: Callable[[], None]) -> None:
-        if not self._journal.mentions(key):
-            change()
-            return
-        self.inner.sync([key])
-        change()
-        # Nobody need wait for it: a replay that does not know of the change brings back what was there before.
-        self._journal.add(JournalKind.FORGET, key)
-        if self._journal.pending > PENDING_MAX:
-            self._journal.commit()
-
-    def wipe(self) -> None:
-        self.inner.wipe()
-        self._journal.reset()
-
-    def sync(self, keys: Iterable[ShardKey]) -> None:
-        if not self._journal.commit():
-            self.inner.sync(keys)
 
 
 def start_journal(

@@ -12,11 +12,11 @@ import fcntl
 import logging
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from sheepdog.contracts.store import ObjectStore, ShardKey
+from sheepdog.contracts.store import ObjectStore, ShardKey, Staged
 from sheepdog.daemon.strip_memory import StripChange, StripMemory
 from sheepdog.errors import ConfigError, ObjectNotFound, StoreDeviceError, StoreError, StoreFull
 from sheepdog.model.ids import inode_oid, is_sparse, object_bytes, vid_of
@@ -236,9 +236,13 @@ def replay(
         left.number = max(left.number, *(entry.number for entry in entries), 0)
         for entry in entries:
             left.strips.take(entry)
-    return _Replay(store, block_size_shift).run(entries)
+        left.strips.drop_complete_exchanges()  # their files may have got other contents since
+    records = left.strips.records.values() if left is not None else ()
+    kept = [(record.key, record.exchange.old) for record in records if record.exchange is not None]
+    return _Replay(store, block_size_shift).run(entries, kept)
 
 
+_REPLACED = frozenset({JournalKind.FORGET, JournalKind.REMOVE})
 _REPLAYED = frozenset({JournalKind.STORE, JournalKind.REMOVE, JournalKind.UNDO})
 
 
@@ -251,15 +255,29 @@ class _Replay:
         self._strips: dict[int, int] = {}
         self._missing = 0
 
-    def run(self, entries: Sequence[JournalEntry]) -> int:
+    def run(self, entries: Sequence[JournalEntry], kept: Iterable[tuple[ShardKey, int]] = ()) -> int:
+        """:param kept: contents that may be put back later."""
         if any(not entry.checked for entry in entries):
             # The original does not say which strip; a sheep has one of each object.
             self._strips = {key.oid: key.index for key in self._store.keys() if key.index != REPLICA}  # noqa: SIM118
         begin: dict[ShardKey, int] = {}
+        exchanges: dict[ShardKey, tuple[int, Staged]] = {}
         for position, entry in enumerate(entries):
+            key = self._key(entry)
             if entry.kind is JournalKind.FORGET:
-                begin[self._key(entry)] = position
-        touched: dict[ShardKey, None] = {}
+                begin[key] = position
+            if entry.kind in _REPLACED or (entry.kind is JournalKind.STORE and entry.create):
+                exchanges.pop(key, None)  # the shard is not what it became then
+            elif entry.kind is JournalKind.UNDO:
+                staged = StripChange.unpack(key, entry.data).staged
+                if staged is not None:
+                    exchanges.pop(key, None)
+                    exchanges[key] = position, staged
+        for key, (position, _) in exchanges.items():
+            begin[key] = max(position, begin.get(key, -1))  # what came before is not in it
+        touched: dict[ShardKey, None] = dict.fromkeys(
+            self._exchange([staged for _, staged in exchanges.values()], kept)
+        )
         applied = 0
         for position, entry in enumerate(entries):
             if entry.kind not in _REPLAYED:
@@ -284,6 +302,13 @@ class _Replay:
         self._flush(list(touched))
         logger.info("journal: replayed %d of %d entries", applied, len(entries))
         return applied
+
+    def _exchange(self, exchanges: Sequence[Staged], kept: Iterable[tuple[ShardKey, int]]) -> list[ShardKey]:
+        try:
+            return self._store.finish_exchanges(exchanges, kept)
+        except StoreError as error:
+            logger.error("journal: %s", error)
+            return []
 
     def _flush(self, keys: list[ShardKey]) -> None:
         try:

@@ -15,9 +15,9 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from sheepdog.contracts.services import Clock, Executor
-from sheepdog.contracts.store import Buffer, ObjectStore, ShardKey
+from sheepdog.contracts.store import Buffer, ObjectStore, ShardKey, Staged
 from sheepdog.daemon.gathering import Gathering
-from sheepdog.daemon.journal import JournaledStore
+from sheepdog.daemon.journaled_store import JournaledStore
 from sheepdog.daemon.outbox import Outbox
 from sheepdog.daemon.spawner import AsyncFunction
 from sheepdog.daemon.strip_memory import StripChange
@@ -258,6 +258,22 @@ class Shards:
             return
         self._lanes[key] = deque()
         self._add_strip(change, done)
+
+    def stage(self, key: ShardKey, data: Buffer, done: Callable[[Staged | None], None]) -> None:
+        """``data`` lies ready to be all of the shard, if it is as large and the store can do that.
+
+        Nobody need have the shard's lane. Trouble comes up again, and is reported, by whoever writes in place then.
+        """
+        store, durable = self.store, self.durable
+        if not isinstance(store, JournaledStore):
+            done(None)
+            return
+
+        def finished(error: Exception | None, staged: Staged | None) -> None:
+            with self._outbox:
+                done(staged if error is None else None)
+
+        self._executor.submit(partial(store.stage, key, data, durable=durable), finished)
 
     def _write_pieces(self, change: StripChange, done: Done) -> None:
         key = change.record.key

@@ -369,8 +369,9 @@ async def _run_sheep(
     from sheepdog.daemon.checksums import ChecksummedStore
     from sheepdog.daemon.clock import SystemClock
     from sheepdog.daemon.executor import ThreadExecutor
-    from sheepdog.daemon.journal import JournaledStore, start_journal
+    from sheepdog.daemon.journal import start_journal
     from sheepdog.daemon.journal_files import Left
+    from sheepdog.daemon.journaled_store import JournaledStore
     from sheepdog.daemon.recovery_notes import FileNotes
     from sheepdog.daemon.storedir import StoreDirectory, usable_disks
     from sheepdog.daemon.strip_store import StripLog, StripStore

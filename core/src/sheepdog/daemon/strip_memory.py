@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from struct import Struct
 from typing import NamedTuple
 
-from sheepdog.contracts.store import Buffer, ShardKey
+from sheepdog.contracts.store import Buffer, ShardKey, Staged
 from sheepdog.model.journal_entry import JournalEntry, JournalKind
 from sheepdog.model.node import NodeId
 
@@ -25,11 +25,13 @@ COUNT_MASK = 0xFFFFFFFF
 
 # number, epoch, start of the primary, its low-water mark, pieces, holders, flags
 _RECORD = Struct("<QIIIHBB")
-_REDO, _WHOLE = 1, 2  # the new bytes are there as well; the strip has them already
+# The entry makes the change as well; the strip is as after it; it was one of whole contents, whose names follow.
+_REDO, _WHOLE, _EXCHANGE = 1, 2, 4
 _PIECE = Struct("<QI")
 _PAIR = Struct("<QQ")
 _COUNTS = Struct("<II")
 
+_NAMES = Struct("<QQ")
 Pieces = tuple[tuple[int, Buffer], ...]  # (offset, bytes) of one strip
 
 
@@ -43,6 +45,7 @@ class Record(NamedTuple):
     pieces: Pieces
     holders: tuple[NodeId, ...]  # all that the change was sent to
     whole: bool = True  # the strip is as after the change; otherwise it may be half-way
+    exchange: Staged | None = None  # without pieces: the store keeps what the whole strip was
 
     @property
     def age(self) -> tuple[int, int, int]:
@@ -54,18 +57,20 @@ class Record(NamedTuple):
         """Bytes of the old strip that are kept."""
         return sum(len(old) for _, old in self.pieces)
 
-    def pack(self, low_water: int, new: Pieces = ()) -> bytes:
+    def pack(self, low_water: int, new: Pieces = (), *, redo: bool = False) -> bytes:
         """As the data of a journal entry.
 
         :param new: what the pieces are after the change, if the entry is to make it as well.
+        :param redo: the entry is to make the exchange.
         """
         head = (self.number, self.epoch, self.start, low_water & COUNT_MASK)
-        flags = (_REDO if new else 0) | (_WHOLE if self.whole else 0)
+        flags = (_REDO if new or redo else 0) | (_WHOLE if self.whole else 0) | (_EXCHANGE if self.exchange else 0)
         return b"".join(
             (
                 _RECORD.pack(*head, len(self.pieces), len(self.holders), flags),
                 *(_PIECE.pack(offset, len(old)) for offset, old in self.pieces),
                 *(node.pack() for node in self.holders),
+                b"" if self.exchange is None else _NAMES.pack(self.exchange.new, self.exchange.old),
                 *(data for _, data in self.pieces),
                 *(data for _, data in new),
             )
@@ -86,6 +91,7 @@ class StripChange(NamedTuple):
     record: Record
     low_water: int
     pieces: Pieces
+    staged: Staged | None = None  # instead of pieces: the new content of the whole strip
 
     @property
     def size_bytes(self) -> int:
@@ -100,12 +106,17 @@ class StripChange(NamedTuple):
         at += piece_count * _PIECE.size
         holders = unpack_nodes(data, at, holder_count)
         at += holder_count * NODE_PACKED_BYTES
+        exchange = None
+        if flags & _EXCHANGE:
+            exchange = Staged(key, *_NAMES.unpack_from(data, at))
+            at += _NAMES.size
         pieces: list[tuple[int, Buffer]] = []
         for offset, length in places * (2 if flags & _REDO else 1):
             pieces.append((offset, bytes(data[at : at + length])))
             at += length
-        record = Record(number, epoch, start, key, tuple(pieces[:piece_count]), holders, bool(flags))
-        return cls(record, low_water, tuple(pieces[piece_count:]))
+        old, new = tuple(pieces[:piece_count]), tuple(pieces[piece_count:])
+        record = Record(number, epoch, start, key, old, holders, bool(flags & (_REDO | _WHOLE)), exchange)
+        return cls(record, low_water, new, exchange if flags & _REDO else None)
 
 
 class StripMemory:
@@ -115,16 +126,25 @@ class StripMemory:
         self.records: dict[int, Record] = {}  # by oid, the change that was noted last at the end
         self.marks: dict[int, int] = {}  # upper half of a number -> every smaller count is complete
         self.kept: dict[int, int] = {}  # oid -> the last change that was decided to stay
+        self.freed: list[tuple[ShardKey, int]] | None = None
+        """Contents that stores kept for records that are gone, where somebody looks here now and then."""
+        self._exchanges: dict[int, None] = {}  # objects whose records are of whole contents
         self._bytes = 0
 
     def note(self, record: Record, low_water: int) -> None:
         """A change begins, and replaces the one before of the same object, which is complete or decided upon."""
         self.mark(record.number >> 32, low_water)
         before = self.records.get(record.key.oid)
-        if before is not None:
+        if before is not None and before.number == record.number:
+            self._bytes -= (
+                before.size_bytes
+            )  # a file of the journal that began while the entry was on its way says both
+        elif before is not None:
             # Whoever has only that one may ask for it when this change was taken back.
             self.keep(record.key.oid, before.number)
         self.records[record.key.oid] = record
+        if record.exchange is not None:
+            self._exchanges[record.key.oid] = None
         self._bytes += record.size_bytes
         if self._bytes <= RECORD_BYTES_MAX and len(self.records) <= RECORDS_MAX:
             return
@@ -136,7 +156,9 @@ class StripMemory:
 
     def mark(self, primary: int, low_water: int) -> None:
         """Every change of that primary with a smaller count is complete."""
-        self.marks.pop(primary, None)  # those that were heard of last come last
+        before = self.marks.pop(primary, None)  # those that were heard of last come last
+        if before is not None and (before - low_water) & COUNT_MASK < 0x80000000:
+            low_water = before  # a change that took longer to be noted says less than one after it
         self.marks[primary] = low_water
         if len(self.marks) > MARKS_MAX:
             del self.marks[next(iter(self.marks))]
@@ -147,11 +169,27 @@ class StripMemory:
         if record is not None and record.key == key and record.number == number:
             self.records[key.oid] = record._replace(whole=True)
 
+    def doubt(self, key: ShardKey, number: int) -> None:
+        """The strip is being taken back, so it may be half-way from now on."""
+        record = self.records.get(key.oid)
+        if record is not None and record.key == key and record.number == number:
+            self.records[key.oid] = record._replace(whole=False)
+
     def drop(self, oid: int) -> None:
         """No change of the object can be taken back."""
         record = self.records.pop(oid, None)
         if record is not None:
             self._bytes -= record.size_bytes
+            if record.exchange is not None:
+                del self._exchanges[oid]
+                if self.freed is not None:
+                    self.freed.append((record.key, record.exchange.old))
+
+    def drop_complete_exchanges(self) -> None:
+        """Nothing is kept for changes that are known to be complete."""
+        for oid in list(self._exchanges):
+            if self.complete(oid, self.records[oid].number):
+                self.drop(oid)
 
     def keep(self, oid: int, number: int) -> None:
         """The change stays, and so does the one that is on record of that object."""
@@ -176,7 +214,8 @@ class StripMemory:
             change = StripChange.unpack(ShardKey(entry.oid, entry.index), entry.data)
             self.note(change.record, change.low_water)
         elif entry.kind is JournalKind.DONE:
-            self.finish(ShardKey(entry.oid, entry.index), entry.offset)
+            noted = self.doubt if entry.create else self.finish
+            noted(ShardKey(entry.oid, entry.index), entry.offset)
         elif entry.kind is JournalKind.DROPPED:
             self.drop(entry.oid)
         elif entry.kind is JournalKind.STRIPS:
@@ -201,7 +240,7 @@ class StripMemory:
         """Another memory of the same things."""
         made = StripMemory()
         made.records, made.marks, made.kept = dict(self.records), dict(self.marks), dict(self.kept)
-        made._bytes = self._bytes
+        made._bytes, made._exchanges = self._bytes, dict(self._exchanges)
         return made
 
 

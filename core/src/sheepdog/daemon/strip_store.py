@@ -19,10 +19,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 from sheepdog.contracts.store import REPLICA, Buffer, ObjectStore, ShardKey
 from sheepdog.daemon import journal_files
-from sheepdog.daemon.journal import DEFAULT_SHIFT, Journal, JournaledStore
+from sheepdog.daemon.journal import DEFAULT_SHIFT, Journal
 from sheepdog.daemon.journal_files import STRIPS, Left, file_paths, left_journal
+from sheepdog.daemon.journaled_store import JournaledStore
 from sheepdog.daemon.store_wrapper import StoreWrapper
-from sheepdog.daemon.strip_memory import StripChange, StripMemory
+from sheepdog.daemon.strip_memory import Record, StripChange, StripMemory
 from sheepdog.errors import ConfigError, StoreError
 from sheepdog.model.journal_entry import JournalKind, entry_bytes
 
@@ -115,6 +116,7 @@ class StripStore(JournaledStore):
         StoreWrapper.__init__(self, inner)
         self.try_read_into = inner.try_read_into  # type: ignore[method-assign]  # saves a call per read
         self._try_write_inner = inner.try_write
+        self._dirty = {}
         self._log = log
         self.strips_left = log.left.strips if log.made is None else log.made.strips()
         log.serve(self._flush if log.synced else _flush_nothing)
@@ -125,6 +127,10 @@ class StripStore(JournaledStore):
         assert journal is not None, "used only where there is one"
         return journal
 
+    @property
+    def _synced(self) -> bool:
+        return self._log.synced
+
     def _void(self, key: ShardKey, *, gone: bool = False) -> None:
         """Nothing journaled of the shard is replayed over what comes now.
 
@@ -134,8 +140,9 @@ class StripStore(JournaledStore):
         if key.index == REPLICA or journal is None or journal.failed:
             return
         number = journal.drop_strip(key) if gone else 0
-        if self._log.synced and journal.mentions(key):
-            self.inner.sync([key])
+        if journal.mentions(key):
+            if self._log.synced:
+                self.inner.sync([key])
             number = journal.add(JournalKind.FORGET, key)
         if number:
             journal.commit()
@@ -169,8 +176,13 @@ class StripStore(JournaledStore):
         self._void(key)
         self.inner.revive(key, epoch)
 
+    def put_back(self, key: ShardKey, old: int, *, durable: bool) -> bool:
+        self._void(key)
+        return self.inner.put_back(key, old, durable=durable)
+
     def wipe(self) -> None:
         self.inner.wipe()
+        self._dirty.clear()
         if self._log.made is not None:
             self._log.made.reset()
 
@@ -208,20 +220,20 @@ class StripStore(JournaledStore):
 
     def _change(self, change: StripChange, journaled: bool) -> StoreError | None:
         key = change.record.key
-        durable = self._log.synced and not journaled
         try:
-            for offset, data in change.pieces:
-                self.inner.write(key, data, offset_bytes=offset, durable=durable)
+            self._apply(change, durable=self._log.synced and not journaled)
             if journaled and self._journal.failed:
                 self.inner.sync([key])
         except StoreError as error:
-            self._give_up(key)
+            self._give_up(change)
             return error
         return None
 
-    def _give_up(self, key: ShardKey) -> None:
+    def _give_up(self, change: StripChange) -> None:
         if self._log.made is not None:
-            super()._give_up(key)
+            super()._give_up(change)
+        elif change.staged is not None:
+            self.inner.unstage(change.staged)
 
     def meet_primary(self, primary: int, low_water: int) -> None:
         if self._log.get() is not None:
@@ -231,9 +243,18 @@ class StripStore(JournaledStore):
         if self._log.get() is not None:
             super().keep_strip(oid, number)
 
+    def doubt_strip(self, record: Record) -> None:
+        if self._log.made is not None:
+            super().doubt_strip(record)
+
     def drop_strip(self, key: ShardKey) -> None:
         if self._log.made is not None:
             super().drop_strip(key)
+
+    def close(self) -> None:
+        if self._log.made is None or self._log.made.gone:
+            self.inner.release()
+        self.inner.close()
 
 
 def strips_of(store: ObjectStore) -> StripMemory:

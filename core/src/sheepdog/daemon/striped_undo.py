@@ -34,8 +34,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import anyio
 
-from sheepdog.contracts.store import Buffer, ObjectStore, ShardKey
-from sheepdog.daemon.journal import JournaledStore
+from sheepdog.contracts.store import Buffer, ObjectStore, ShardKey, Staged
+from sheepdog.daemon.journaled_store import JournaledStore
 from sheepdog.daemon.peers import PeerPool
 from sheepdog.daemon.shards import Shards
 from sheepdog.daemon.state import SheepState
@@ -48,7 +48,7 @@ from sheepdog.daemon.strip_memory import (
     StripMemory,
     unpack_nodes,
 )
-from sheepdog.daemon.strip_store import strips_of
+from sheepdog.daemon.strip_store import REDO_BYTES_MAX, strips_of
 from sheepdog.errors import ObjectNotFound, StoreBusy
 from sheepdog.model.node import NodeId
 from sheepdog.wire.extensions import STRIP_DECIDE, STRIP_HELLO, STRIP_STATE
@@ -192,6 +192,39 @@ class StripUndo:
             for offset, data in pieces:
                 shards.write_plainly(key, offset, data, done)
             return
+
+        def make(before: Pieces, staged: Staged | None) -> None:
+            if state.epoch != epoch:
+                # Whether the change is here may have been asked meanwhile, and the answer was no.
+                stored(Result.OLD_NODE_VER, None, staged)
+                return
+            record = Record(number, epoch, start, key, before, holders, exchange=staged)
+            self.memory.note(record, low_water)
+            change = StripChange(record, low_water, () if staged else pieces, staged)
+            shards.write_strip(change, partial(stored, staged=staged, noted=True))
+
+        def stored(result: int, _: object, staged: Staged | None, noted: bool = False) -> None:
+            if result and noted:
+                self.forget(key.oid)  # nothing was written here
+            if result and staged is not None:
+                shards.store.unstage(staged)
+            done(result, None)
+
+        def ready(staged: Staged | None) -> None:
+            if staged is None:
+                self._read_old(key, pieces, make, done)
+            else:
+                make((), staged)
+
+        if len(pieces) > 1 or pieces[0][0] or len(pieces[0][1]) <= REDO_BYTES_MAX:
+            ready(None)
+        else:
+            shards.stage(key, pieces[0][1], ready)
+
+    def _read_old(self, key: ShardKey, pieces: Pieces, make: Callable[[Pieces, None], None], done: Done) -> None:
+        """``make`` is given what the pieces are now."""
+        shards = self._shards
+        assert shards is not None, "a sheep with strips has a store"
         old: list[Buffer] = [b""] * len(pieces)
         worst = 0
         left = len(pieces) + 1
@@ -209,21 +242,10 @@ class StripUndo:
                 old[place] = data
             if left:
                 return
-            if state.epoch != epoch:
-                # Whether the change is here may have been asked meanwhile, and the answer was no.
-                worst = worst or Result.OLD_NODE_VER
             if worst:
                 done(worst, None)
-                return
-            before = tuple((offset, former) for (offset, _), former in zip(pieces, old, strict=True))
-            record = Record(number, epoch, start, key, before, holders)
-            self.memory.note(record, low_water)
-            shards.write_strip(StripChange(record, low_water, pieces), stored)
-
-        def stored(result: int, _: object) -> None:
-            if result:
-                self.forget(key.oid)  # nothing was written here
-            done(result, None)
+            else:
+                make(tuple((offset, former) for (offset, _), former in zip(pieces, old, strict=True)), None)
 
         for place, (offset, data) in enumerate(pieces):
             shards.read(key, offset, len(data), partial(one, place))
@@ -342,8 +364,15 @@ def _put_back(store: ObjectStore, record: Record, durable: bool) -> None:
     key = record.key
 
     def write() -> None:
+        if isinstance(store, JournaledStore):
+            store.doubt_strip(record)
         for offset, old in record.pieces:
             store.write(key, old, offset_bytes=offset, durable=durable)
+        if record.exchange is not None and not store.put_back(key, record.exchange.old, durable=durable):
+            # A disk that held it went, or whoever looked after the files. Others have what it is computed from.
+            logger.warning("oid=%016x: strip %d cannot be taken back, and is made anew", key.oid, key.index)
+            store.remove(key)
+            store.sync((key,))
         if isinstance(store, JournaledStore):
             store.drop_strip(key)
 
