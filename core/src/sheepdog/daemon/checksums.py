@@ -615,7 +615,7 @@ class ChecksummedStore(StoreWrapper):
             state = None if found is None else _state_of(found)
         if state is None or state.sums is None:
             return False
-        return all(state.sums[offset_bytes >> 12 : (offset_bytes + length_bytes + _INSIDE) >> 12])
+        return all(state.sums[offset_bytes >> 12 : (offset_bytes + length_bytes + INSIDE) >> 12])
 
     def doubt(self, key: ShardKey) -> None:
         with self._lock:
