@@ -20,7 +20,9 @@ class JournaledStore(StoreWrapper):
     def __init__(self, inner: ObjectStore, journal: Journal) -> None:
         super().__init__(inner)
         self._given = journal
-        self._dirty: dict[ShardKey, object] = {}  # changed in place since the last flush; what tells one from the next
+        # Changed in place since the last flush, with what tells one change from the next. Noted when it is made: of a
+        # flush that ran meanwhile nobody knows what it found.
+        self._dirty: dict[ShardKey, object] = {}
         self.strips_left = journal.strips()  # what is known of strips at the start
         journal.serve(self._flush)
 
@@ -58,7 +60,6 @@ class JournaledStore(StoreWrapper):
     ) -> None:
         inner, journal = self.inner, self._journal
         number = 0
-        self._dirty[key] = object()
         journal.drop_strip(key)
         if entry_bytes(len(data)) <= journal.entry_bytes_max:
             number = journal.add(
@@ -76,6 +77,7 @@ class JournaledStore(StoreWrapper):
                 self._leave(key)
                 raise
         finally:
+            self._dirty[key] = object()
             journal.applied(number)
         if not journaled:
             self._leave(key)
@@ -89,8 +91,10 @@ class JournaledStore(StoreWrapper):
             self._journal.commit(number)
 
     def write(self, key: ShardKey, data: Buffer, *, offset_bytes: int, durable: bool) -> None:
-        self._dirty[key] = object()
-        self.inner.write(key, data, offset_bytes=offset_bytes, durable=False)
+        try:
+            self.inner.write(key, data, offset_bytes=offset_bytes, durable=False)
+        finally:
+            self._dirty[key] = object()
         if entry_bytes(len(data)) > self._journal.entry_bytes_max:
             self.inner.sync([key])
             self._leave(key)
@@ -174,10 +178,13 @@ class JournaledStore(StoreWrapper):
             self.inner.exchange(change.staged)
             if durable:
                 self.inner.sync([change.record.key])
-        elif not durable:
-            self._dirty[change.record.key] = object()
-        for offset, data in change.pieces:
-            self.inner.write(change.record.key, data, offset_bytes=offset, durable=durable)
+            return
+        try:
+            for offset, data in change.pieces:
+                self.inner.write(change.record.key, data, offset_bytes=offset, durable=durable)
+        finally:
+            if not durable:
+                self._dirty[change.record.key] = object()
 
     def _give_up(self, change: StripChange) -> None:
         """A change of a strip failed: nothing of it comes true later."""
