@@ -75,6 +75,7 @@ class Fault:
     tell: Callable[[Scene], None]
     explained: tuple[str, ...] = ()
     refusals: tuple[Result, ...] = ()
+    refusals_of_strips: tuple[Result, ...] = ()  # where more nodes are away for a moment than strips to spare
 
     @property
     def name(self) -> str:
@@ -328,7 +329,7 @@ PROCESSES = (
     Fault(stopped_for_a_moment),
     Fault(stopped_beyond_its_session),
     Fault(disks_change_during_recovery),
-    Fault(nodes_change_during_recovery),
+    Fault(nodes_change_during_recovery, refusals_of_strips=(Result.EIO,)),
     Fault(bytes_flipped, (r"corrupt", r"differs")),
 )
 WIRES = (Fault(one_after_the_other_cut_off),)
