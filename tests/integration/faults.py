@@ -333,7 +333,8 @@ PROCESSES = (
     Fault(bytes_flipped, (r"corrupt", r"differs")),
 )
 WIRES = (Fault(one_after_the_other_cut_off),)
-QUORUM = (Fault(cut_off), Fault(everybody_alone))  # for drivers that lose their sessions with the wire
+# For drivers that lose their sessions with the wire.
+QUORUM = (Fault(cut_off, refusals_of_strips=(Result.EIO,)), Fault(everybody_alone))
 
 
 def spec_of(driver: str, base: object) -> str:
