@@ -79,26 +79,35 @@ async def test_nothing_is_cleaned_up_while_others_recover(make_store):
         assert w.stale(0)
 
 
+async def _one_looks_for_what_the_other_has(w):
+    """After an epoch that everybody had recovered: the next search of the second sheep says so, and waits.
+
+    :return: oid and content of what the first has set aside, event of the search, event that lets it go on.
+    """
+    oid, content = w.object_on(1, copies=1), random_bytes(1, OBJECT)
+    await w.change(0, 1)
+    await w.recovered()
+    w.put(0, oid, content)
+    w.sheep[0].store.retire(ShardKey(oid), 2)
+    w.sheep[0].recovery._index.forget()
+    searched, go = anyio.Event(), anyio.Event()
+    finder = w.sheep[1].recovery.finder
+    find = finder.find
+
+    async def slow_find(*args, **options):
+        searched.set()
+        await go.wait()
+        return await find(*args, **options)
+
+    finder.find = slow_find
+    w.sheep[1].recovery.wildcard = True
+    return oid, content, searched, go
+
+
 async def test_cleaning_up_while_another_recovers_again(make_store):
     """CLEANUP in an epoch that everybody had recovered leaves what a sheep that was restarted since still looks for."""
     async with world(2, make_store, copies=1) as w:
-        oid, content = w.object_on(1, copies=1), random_bytes(1, OBJECT)
-        await w.change(0, 1)
-        await w.recovered()
-        w.put(0, oid, content)
-        w.sheep[0].store.retire(ShardKey(oid), 2)
-        w.sheep[0].recovery._index.forget()
-        searched, go = anyio.Event(), anyio.Event()
-        finder = w.sheep[1].recovery.finder
-        find = finder.find
-
-        async def slow_find(*args, **options):
-            searched.set()
-            await go.wait()
-            return await find(*args, **options)
-
-        finder.find = slow_find
-        w.sheep[1].recovery.wildcard = True
+        oid, content, searched, go = await _one_looks_for_what_the_other_has(w)
         w.sheep[1].recovery.membership_changed(w.sheep[1].state.ring, False)
         with anyio.fail_after(10):
             await searched.wait()
@@ -119,23 +128,7 @@ async def test_one_who_is_done_keeps_what_another_still_looks_for(make_store):
     """All were killed after an epoch that everybody had recovered, and one has what another must find: being done
     first, it keeps that until the other has it."""
     async with world(2, make_store, copies=1) as w:
-        oid, content = w.object_on(1, copies=1), random_bytes(1, OBJECT)
-        await w.change(0, 1)
-        await w.recovered()
-        w.put(0, oid, content)
-        w.sheep[0].store.retire(ShardKey(oid), 2)
-        w.sheep[0].recovery._index.forget()
-        searched, go = anyio.Event(), anyio.Event()
-        finder = w.sheep[1].recovery.finder
-        find = finder.find
-
-        async def slow_find(*args, **options):
-            searched.set()
-            await go.wait()
-            return await find(*args, **options)
-
-        finder.find = slow_find
-        w.sheep[1].recovery.wildcard = True
+        oid, content, searched, go = await _one_looks_for_what_the_other_has(w)
         w.restart()
         with anyio.fail_after(10):
             await searched.wait()

@@ -118,6 +118,16 @@ class ChecksummedStore(StoreWrapper):
             self._memory_bytes -= _bytes_of(state)
             self._changed.pop(key, None)
 
+    def _set_sums(self, key: ShardKey, state: _State, sums: array[int] | None) -> None:
+        """With the lock."""
+        known = self._states.get(key) is state  # otherwise it was pushed out, and its memory is not counted
+        if known:
+            self._memory_bytes -= _bytes_of(state)
+        state.sums = sums
+        if known:
+            self._memory_bytes += _bytes_of(state)
+            self._trim(key)
+
     def _load(self, key: ShardKey) -> _State:
         """:raises ObjectNotFound: no live shard."""
         with self._lock:
@@ -164,9 +174,7 @@ class ChecksummedStore(StoreWrapper):
             if saved:
                 state.saved = False  # only now: if one of the two failed, the next change tries both again
                 if self.distrust:
-                    self._memory_bytes -= _bytes_of(state)
-                    state.sums = None
-                    self._memory_bytes += _bytes_of(state)
+                    self._set_sums(key, state, None)
             state.period = self._period
             self._changed[key] = state
 
@@ -267,13 +275,7 @@ class ChecksummedStore(StoreWrapper):
             done = change()
             if done:
                 with self._lock:
-                    known = self._states.get(key) is state
-                    if known:
-                        self._memory_bytes -= _bytes_of(state)
-                    state.sums = sums
-                    if known:
-                        self._memory_bytes += _bytes_of(state)
-                        self._trim(key)
+                    self._set_sums(key, state, sums)
             return done
         finally:
             state.changes += 1
@@ -286,15 +288,10 @@ class ChecksummedStore(StoreWrapper):
         return self.inner.finish_exchanges(exchanges, kept)
 
     def _blank(self, key: ShardKey, state: _State) -> array[int]:
+        sums = array("I", bytes(4 * block_count(state.size)))
         with self._lock:
-            known = self._states.get(key) is state
-            if known:
-                self._memory_bytes -= _bytes_of(state)
-            state.sums = sums = array("I", bytes(4 * block_count(state.size)))
-            if known:
-                self._memory_bytes += _bytes_of(state)
-                self._trim(key)
-            return sums
+            self._set_sums(key, state, sums)
+        return sums
 
     def _write_range(self, key: ShardKey, state: _State, data: memoryview, offset: int, durable: bool) -> None:
         end = offset + len(data)
@@ -622,9 +619,8 @@ class ChecksummedStore(StoreWrapper):
             state = self._states.get(key)
             if state is not None:
                 self._files.drop(key)
-                self._memory_bytes -= _bytes_of(state)
-                state.sums, state.saved = None, False
-                self._memory_bytes += _bytes_of(state)
+                state.saved = False
+                self._set_sums(key, state, None)
 
     # ---- rest
 

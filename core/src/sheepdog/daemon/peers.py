@@ -123,26 +123,14 @@ class PeerLink:
         wanted: Callable[[], bool] | None = None,
     ) -> None:
         """As ``object_request`` with a body. By position: names for so many arguments cost half of all this."""
-        id_ = self._next_id
-        if self._ready:
-            self._next_id = id_ + 1 if id_ < ID_MAX else 1
-            self._pending[id_] = (done, self._pool.now)
-        elif self._begin(done) is None:
+        id_ = self._begin(done)
+        if id_ is None:
             return
         header = REQUEST.pack(
             SHEEP_PROTO_VER, opcode, flags | FLAG_WRITE, epoch, id_, len(body),
             oid, cow_oid, copies, copy_policy, 0, 0, 0, offset, tail,
         )  # fmt: skip
-        if not self._ready:
-            self._held.append((id_, header, body, wanted))
-            return
-        output = self._output
-        first = not output
-        output.append(header)
-        if len(body):
-            output.append(body)
-        if first:
-            self._pool.outbox.defer(self._flush)
+        self._queue(id_, header, body, wanted)
 
     def send(self, request: Request, done: Answer) -> None:
         """Sends any other request (its id is replaced)."""

@@ -180,11 +180,6 @@ class Primary:
         lane.running -= 1
         if not lane.running:
             lane.alone = False
-            if not lane.waiting:
-                if self._lanes.get(oid) is lane:
-                    del self._lanes[oid]
-                done(result)
-                return
         while lane.waiting and not lane.alone and not (lane.waiting[0][0] and lane.running):
             self._run(oid, lane, *lane.waiting.popleft())
         if not lane.running and not lane.waiting and self._lanes.get(oid) is lane:

@@ -136,9 +136,8 @@ class StripMemory:
         self.mark(record.number >> 32, low_water)
         before = self.records.get(record.key.oid)
         if before is not None and before.number == record.number:
-            self._bytes -= (
-                before.size_bytes
-            )  # a file of the journal that began while the entry was on its way says both
+            # A file of the journal that began while the entry was on its way says it twice.
+            self._bytes -= before.size_bytes
         elif before is not None:
             # Whoever has only that one may ask for it when this change was taken back.
             self.keep(record.key.oid, before.number)
