@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -64,6 +65,13 @@ class Voters:
     def stop(self, *indexes: int) -> None:
         for index in indexes:
             self.servers.pop(index).stop()
+
+
+@pytest.fixture
+def ports() -> Iterator[ExitStack]:
+    """What is put on it lasts as long as the test."""
+    with ExitStack() as stack:
+        yield stack
 
 
 @pytest.fixture

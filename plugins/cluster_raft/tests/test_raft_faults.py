@@ -42,13 +42,6 @@ SECRET = "for tests"
 
 
 @pytest.fixture
-def ports():
-    """What is put on it lasts as long as the test."""
-    with ExitStack() as stack:
-        yield stack
-
-
-@pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
 

@@ -25,13 +25,6 @@ ABC = ["a:1", "b:1", "c:1"]
 
 
 @pytest.fixture
-def ports():
-    """What is put on it lasts as long as the test."""
-    with ExitStack() as stack:
-        yield stack
-
-
-@pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
 
