@@ -13,7 +13,7 @@ from clusters import Cluster
 STATUS: dict[str, Any] = {
     "running": False, "waiting": False, "stopped": False, "rate": 32_000_000, "interval": 604_800, "next": 0,
     "started": 0, "finished": 0, "done": 30, "total": 40, "bytes": 3 << 20, "found": 3, "repaired": 1, "repairing": 0,
-    "unrepairable": [["80a3f10000000001", -1, "it differs"], ["00a3f10000000002", 2, "it grew"]],
+    "unknown": 5, "unrepairable": [["80a3f10000000001", -1, "it differs"], ["00a3f10000000002", 2, "it grew"]],
 }  # fmt: skip
 
 
@@ -63,6 +63,7 @@ def test_text() -> None:
         "Objects:        30 of 40 (75.0%), 3.0 MB",
         "Rate:           32 MB/s at most",
         "Next:           only when asked for",
+        "Unknown:        5",
         "Found:          3",
         "Repaired:       1",
         "Repairing:      0",

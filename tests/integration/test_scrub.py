@@ -312,3 +312,28 @@ def test_strips(start_cluster: Callable[..., SheepCluster]) -> None:
     scrub(cluster)
     assert paths[oids[2], 1].read_bytes() == lost[1]
     assert read(cluster, "strips", 0, len(content)) == content
+
+
+def test_all_killed(fresh_cluster: Callable[..., SheepCluster]) -> None:
+    """After ``kill -9`` of all holders no copy is known. They are compared soon, without a pass: one that went bad
+    becomes as the others, and what goes bad from then on is noticed."""
+    cluster = fresh_cluster(
+        3, driver="local", store="plain", redundancy="3", options=("--scrub", "interval=10,rate=1000")
+    )
+    cluster.format("-z", "20")
+    content, oids = disk(cluster, "killed", 10)
+    for sheep in cluster.sheep:
+        cluster.kill(sheep.index)
+    first, second = (files_of(cluster, oid)[0] for oid in oids[:2])
+    before = flip(first, 40_000)
+    cluster_start(cluster)
+
+    for sheep in cluster.sheep:
+        wait_until(lambda sheep=sheep: " have no checksums" in sheep.log_tail(1 << 20), "it looks for unknown copies")
+        wait_until(lambda sheep=sheep: not status(cluster, sheep.index)["unknown"], "they were compared")
+    assert first.read_bytes() == before
+    assert [status(cluster, node)["started"] for node in range(3)] == [0, 0, 0], "no pass has begun"
+    before = flip(second, 7)
+    for node in range(3):
+        assert read(cluster, "killed", 0, len(content), node=node) == content
+    wait_until(lambda: second.read_bytes() == before, "the copy is repaired")

@@ -291,6 +291,35 @@ async def test_unknown_copies_are_compared(scene):
 
 
 @pytest.mark.anyio
+async def test_unknown_copies_are_compared_after_the_start(scene):
+    """Without anybody asking: a sheep that has started has compared what has no checksums, and reads nothing else."""
+    oid = scene.world.object_on(0, 1, 2, copies=3)
+    known = scene.world.object_on(1, 2, 0, copies=3)
+    for number, each in enumerate((oid, known)):
+        await scene.plane(0).objects.create(each, 0, content_of(number))
+    for number in (0, 1, 2):
+        scene.plane(number).store.upkeep()
+        scene.plane(number).store.upkeep()
+        store = scene.plane(number).store
+        store._files.drop(ShardKey(oid))
+        with store._lock:
+            for key in list(store._states):
+                store._forget(key)
+    scene.spoil(0, oid)
+    scene.spoil(1, known)
+
+    async with anyio.create_task_group() as tasks:
+        for plane in scene.world.sheep:
+            plane.scrubber._config = ScrubConfig(interval_s=1)
+            tasks.start_soon(plane.scrubber._catch_up)
+
+    for number in (0, 1, 2):
+        assert scene.stored(number, oid) == content_of(0) and scene.known(number, oid)
+    assert scene.stored(1, known) != content_of(1), "that is for a read or a pass to find"
+    assert [scrubber.status()["unknown"] for scrubber in scene.scrubbers] == [0] * 4
+
+
+@pytest.mark.anyio
 async def test_checksum_outweighs_the_majority(scene):
     """Two equal copies without checksums do not replace one that is known to be right."""
     oid = scene.world.object_on(0, 1, 2, copies=3)

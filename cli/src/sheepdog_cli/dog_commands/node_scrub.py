@@ -95,7 +95,7 @@ def _rows(status: dict[str, Any], raw: bool) -> list[tuple[str, str]]:  # Any: a
         rows.append(("Rate", f"{status['rate'] / 1_000_000:g} MB/s at most"))
         if not status["running"]:
             rows.append(("Next", _when(status["next"]) if status["next"] else "only when asked for"))
-    rows += [(name.capitalize(), str(status[name])) for name in ("found", "repaired", "repairing")]
+    rows += [(name.capitalize(), str(status[name])) for name in ("unknown", "found", "repaired", "repairing")]
     rows.append(("Unrepairable", str(len(status["unrepairable"]))))
     return rows
 

@@ -301,6 +301,10 @@ class ObjectStore(ABC):
         """
         return False
 
+    def known(self, key: ShardKey) -> bool:
+        """Whether the store has checksums of the live shard; a store that never has any says yes. May block."""
+        return True
+
     def doubt(self, key: ShardKey) -> None:
         """What was just stored came from where nobody vouches for it: no checksums are made of it. A mutator."""
 

@@ -614,6 +614,10 @@ class ChecksummedStore(StoreWrapper):
             return False
         return all(state.sums[offset_bytes >> 12 : (offset_bytes + length_bytes + INSIDE) >> 12])
 
+    def known(self, key: ShardKey) -> bool:
+        state = self._states.get(key)
+        return self._saved(key) is not None if state is None else state.sums is not None
+
     def doubt(self, key: ShardKey) -> None:
         with self._lock:
             state = self._states.get(key)

@@ -7,6 +7,10 @@ corrupt shard, a client for example, it is handed to the same repair at once, pa
 A pass keeps to a rate, waits while requests are under way (for a while), and stands still during recovery. How far it
 came is kept in ``scrub.state`` of the base directory, so a restarted sheep goes on where it was. The original ignores
 the file.
+
+After ``kill -9`` or a power loss the shards that had just changed have no checksums. If all holders end like that, no
+copy is known, and one that goes bad counts as much as any other. So a sheep that has started compares these soon, and
+does not leave them to the next pass (``_catch_up``).
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import logging
 import os
 import random
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from struct import Struct
@@ -43,6 +47,7 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "scrub.state"
 UPKEEP_S = 30.0  # a shard that did not change for one to two of these has its checksums written down
 FIRST_S = 600.0  # after its start a sheep that never scrubbed begins, so that old stores get checksums soon
+CATCH_UP_S = 60.0  # after its start a sheep compares what has no checksums, or after a tenth of a shorter interval
 PART_BYTES = 1 << 20
 BUSY_S = 0.01  # while clients wait: looked at again after so long,
 BUSY_MAX = 20  # so many times for each part, which leaves 5 MB/s in the worst case
@@ -77,6 +82,23 @@ class ScrubState:
     @property
     def unfinished(self) -> bool:
         return self.started > self.finished
+
+
+class _Keys:
+    """Kept for days: numbers, of which a million take 9 MB, and not keys, which take 150."""
+
+    def __init__(self) -> None:
+        self._oids, self._indexes = array("Q"), array("b")
+
+    def __len__(self) -> int:
+        return len(self._oids)
+
+    def __iter__(self) -> Iterator[ShardKey]:
+        return map(ShardKey, self._oids, self._indexes)
+
+    def add(self, key: ShardKey) -> None:
+        self._oids.append(key.oid)
+        self._indexes.append(min(key.index, 127))  # no object has so many strips; they belong nowhere
 
 
 class ScrubNotes:
@@ -147,6 +169,7 @@ class Scrubber:
         self._stop_asked = False
         self._queue: dict[ShardKey, str] = {}  # corrupt, to be repaired
         self._queued = anyio.Event()
+        self._unknown = 0  # shards without checksums that are still to be compared after the start
         self._told: set[tuple[ShardKey, int]] = set()  # versions set aside of which was said that they are corrupt
         self._due = 0.0  # by clock.time()
         self._saved_at = 0.0
@@ -214,6 +237,7 @@ class Scrubber:
             "found": state.found,
             "repaired": state.repaired,
             "repairing": len(self._queue),
+            "unknown": self._unknown,
             "unrepairable": [[f"{oid:016x}", index, reason] for oid, index, reason in state.unrepairable],
         }
 
@@ -253,6 +277,8 @@ class Scrubber:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._upkeep)
             tasks.start_soon(self._repair_all)
+            if self._config.interval_s:
+                tasks.start_soon(self._catch_up)
             while True:
                 with anyio.move_on_after(self._idle_s()):
                     await self._start_asked.wait()
@@ -276,6 +302,45 @@ class Scrubber:
                 if isinstance(error, StoreDeviceError) and error.path is not None:
                     self._shards.disk_failed(error)
                 logger.warning("checksums cannot be written: %s", error)
+
+    # ---- what has no checksums
+
+    async def _catch_up(self) -> None:
+        """Once after the start: compares what has no checksums with other holders. Stands still during a pass."""
+        assert self._shards is not None
+        store = self._shards.store
+        # Holders that started together do not ask for the same comparison at the same moment.
+        await anyio.sleep(min(CATCH_UP_S, self._config.interval_s / 10) * (1 + 0.5 * self._random.random()))
+
+        def look_up() -> _Keys:
+            found = _Keys()
+            for key in store.keys():  # noqa: SIM118  # no mapping
+                if not store.known(key):
+                    found.add(key)
+            return found
+
+        await self._calm()
+        try:
+            unknown = await self._executor.run(look_up)
+        except StoreDeviceError as error:
+            self._shards.disk_failed(error)
+            return
+        self._unknown = len(unknown)
+        logger.info("scrub: %d objects have no checksums", len(unknown))
+        for done, key in enumerate(unknown):
+            self._unknown = len(unknown) - done
+            await self._calm()
+            if self._shards.store is not store:
+                break
+            if not await self._executor.run(partial(store.known, key)):
+                await self._look_at(key, ScrubState())
+        self._unknown = 0
+        if unknown:
+            logger.info("scrub: what had no checksums was compared")
+
+    async def _calm(self) -> None:
+        while self._running or self._waits():
+            await anyio.sleep(1.0)
 
     # ---- a pass
 
@@ -318,8 +383,7 @@ class Scrubber:
         assert shards is not None
         store = shards.store
         position = (state.cursor[0], state.cursor[1])
-        # Kept for days: numbers, of which a million take 9 MB, and not keys, which take 150.
-        oids, indexes = array("Q"), array("b")
+        keys = _Keys()
         listed: set[ShardKey] = set()
         candidates = {ShardKey(entry[0], entry[1]) for entry in state.unrepairable}
 
@@ -328,8 +392,7 @@ class Scrubber:
                 if key in candidates:
                     listed.add(key)
                 if key > position or position == (0, 0):
-                    oids.append(key.oid)
-                    indexes.append(min(key.index, 127))  # no object has so many strips; they belong nowhere
+                    keys.add(key)
 
         try:
             await self._executor.run(look_up)
@@ -338,9 +401,8 @@ class Scrubber:
             return False
         gone = candidates - listed
         state.unrepairable = [entry for entry in state.unrepairable if ShardKey(entry[0], entry[1]) not in gone]
-        self._total = state.objects + len(oids)
-        for oid, index in zip(oids, indexes, strict=True):
-            key = ShardKey(oid, index)
+        self._total = state.objects + len(keys)
+        for key in keys:
             while self._waits() and not self._stop_asked:
                 await anyio.sleep(1.0)
             if self._stop_asked or shards.store is not store or self._state.ctime != state.ctime:

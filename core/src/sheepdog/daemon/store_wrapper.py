@@ -115,6 +115,9 @@ class StoreWrapper(ObjectStore):
     def vouched(self, key: ShardKey, *, offset_bytes: int, length_bytes: int, epoch: int | None = None) -> bool:
         return self.inner.vouched(key, offset_bytes=offset_bytes, length_bytes=length_bytes, epoch=epoch)
 
+    def known(self, key: ShardKey) -> bool:
+        return self.inner.known(key)
+
     def doubt(self, key: ShardKey) -> None:
         self.inner.doubt(key)
 
