@@ -314,7 +314,7 @@ def test_object_only_set_aside(fresh_cluster: Start) -> None:
     for index in (0, 1):
         cluster.kill(index)
     places = [path for index in (0, 1) for (oid, _), path in shards(cluster, index).items() if is_data(oid)]
-    stale_area = cluster.sheep[0].directory / "obj" / ".stale"
+    stale_area = cluster.sheep[0].object_directories[0] / ".stale"
     assert any("sheep0" in path for path in places) and any("sheep1" in path for path in places)
     for path in places:
         name = path.rsplit("/", 1)[1]

@@ -102,11 +102,11 @@ def test_fixed(fresh_cluster: Start) -> None:
     cluster.restart(2, wait=False)
     assert exited(cluster, 2) != 0
     cluster.wait_members()
-    before = sorted(path.name for path in (cluster.sheep[2].directory / "obj").iterdir())
+    before = sorted(cluster.sheep[2].directory.rglob("*"))
     cluster.options = ("-V", "61")
     cluster.restart(2, wait=False)
     assert exited(cluster, 2) != 0
-    assert sorted(path.name for path in (cluster.sheep[2].directory / "obj").iterdir()) == before
+    assert sorted(cluster.sheep[2].directory.rglob("*")) == before
     cluster.options = ("-V", "10")
     cluster.restart(2)
     in_place(cluster, 2)

@@ -9,7 +9,8 @@ nobody else is given the number, and a restarted sheep finds its port free.
 
 Cluster driver, store and redundancy are taken from SHEEPDOG_TEST_CLUSTER (local, raft, zk, etcd), SHEEPDOG_TEST_STORE
 (plain, tree) and SHEEPDOG_TEST_REDUNDANCY (copies, ec) unless the caller names them; the test matrix sets these. With
-SHEEPDOG_TEST_JOURNAL (a size, such as 64M) each sheep has a write journal, unless its options say something about one.
+SHEEPDOG_TEST_JOURNAL (a size, such as 64M) each sheep has a write journal, unless its options say something about one;
+with SHEEPDOG_TEST_DISKS (a number) each has so many directories for its objects, unless the caller says how many.
 """
 
 from __future__ import annotations
@@ -143,6 +144,11 @@ class Sheep:
         return f"nbd://{self.host}:{self.nbd_port}/{volume}"
 
     @property
+    def object_directories(self) -> tuple[Path, ...]:
+        """Where its objects are, apart from disks that were plugged in later."""
+        return self.disks or (self.directory / "obj",)
+
+    @property
     def running(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
@@ -262,6 +268,7 @@ class SheepCluster:
         store: str | None = None,
         redundancy: str | None = None,
         copies: int = 3,
+        disks: int | None = None,
         nbd: bool = False,
         sync: bool = False,
         options: Sequence[str] = (),
@@ -283,6 +290,8 @@ class SheepCluster:
         journal = os.environ.get("SHEEPDOG_TEST_JOURNAL")
         if journal and "-j" not in self.options:
             self.options += ("-j", f"size={journal}")
+        if disks is None:
+            disks = int(os.environ.get("SHEEPDOG_TEST_DISKS", "1"))
         self.network = network
         self.start_s = start_s
         self.sync = sync
@@ -300,9 +309,12 @@ class SheepCluster:
                 port = ports[index] if ports else 0
                 host, command = (HOST, ()) if network is None else (network.host(index), network.command(index))
                 gateway = index >= count - gateways
-                self.sheep.append(
-                    Sheep(index, directory, zone=zone, nbd=nbd, gateway=gateway, port=port, host=host, command=command)
+                one = Sheep(
+                    index, directory, zone=zone, nbd=nbd, gateway=gateway, port=port, host=host, command=command
                 )
+                if disks > 1 and not gateway:
+                    one.disks = tuple(directory / f"disk{number}" for number in range(disks))
+                self.sheep.append(one)
             self._specs = self._make_specs()
         except BaseException:
             self.close()
@@ -574,8 +586,7 @@ class SheepCluster:
         """
         found: dict[tuple[int, int], list[int]] = {}
         for sheep in self.sheep:
-            objects = sheep.directory / "obj"
-            for path in sorted(objects.rglob("*")) if objects.is_dir() else ():
+            for path in sorted(path for place in sheep.object_directories for path in place.rglob("*")):
                 match = _SHARD_NAME.fullmatch(path.name)
                 if match is not None and ".stale" not in path.parts and path.is_file():
                     key = (int(match[1], 16), int(match[2]) if match[2] is not None else -1)
