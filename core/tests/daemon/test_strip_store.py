@@ -1,5 +1,6 @@
 """The journal of strips: changes of strips survive a crash together with what undoes them, in files of bounded size."""
 
+import errno
 import os
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from sheepdog.daemon.journaled_store import JournaledStore
 from sheepdog.daemon.strip_memory import Record, StripChange, StripMemory
 from sheepdog.daemon.strip_store import StripLog, StripStore
 from sheepdog.errors import StoreDeviceError
+from sheepdog.model.ids import data_oid
 from sheepdog.model.node import NodeId
 from sheepdog.testing.memory_store import MemoryMedium, MemoryStore
 from sheepdog.testing.store_kit import StoreKit
@@ -169,6 +171,46 @@ def test_bounded(machine):
     assert machine.get(OTHER)[:5] == b"first"
     assert machine.store.strips_left.records[OTHER.oid].pieces == ((0, b"aaaaa"),)
     assert machine.store.strips_left.records[STRIP.oid].number == PRIMARY | 1499
+
+
+def test_much_that_is_under_way(machine):
+    """Old bytes of changes that are not known to be complete, more than a file has room for, make the next file larger:
+    all of them can be taken back after a crash. When they are complete the files have their size again."""
+    keys = [ShardKey(data_oid(7, number), 1) for number in range(12)]
+    for key in keys:
+        machine.put(key, b"a" * 200_000)
+    for count, key in enumerate(keys, start=1):
+        assert machine.change(count, 0, b"b" * 190_000, key=key) is None  # 2.3 MB, in files of 1 MiB
+
+    machine.crash()
+
+    records = machine.store.strips_left.records
+    assert {key.oid: (PRIMARY | count, ((0, b"a" * 190_000),)) for count, key in enumerate(keys, start=1)} == {
+        oid: (record.number, record.pieces) for oid, record in records.items()
+    }
+    machine.put(STRIP, b"a" * 4096)
+    for count in range(100, 1500):
+        assert machine.change(count, 0, bytes([count % 256]) * 4000, low_water=count) is None
+    assert sum(os.path.getsize(path) for path in file_paths(machine.directory, STRIPS)) == machine.size
+
+
+def test_no_room_for_what_is_under_way(machine, monkeypatch, caplog):
+    """A full disk leaves some of them out, and says so."""
+    keys = [ShardKey(data_oid(7, number), 1) for number in range(12)]
+    for key in keys:
+        machine.put(key, b"a" * 200_000)
+
+    def full(fd, offset, length):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for count, key in enumerate(keys, start=1):
+        assert machine.change(count, 0, b"b" * 190_000, key=key) is None
+        monkeypatch.setattr(os, "posix_fallocate", full)  # once the log exists
+
+    assert "could not be taken back" in caplog.text
+    monkeypatch.undo()
+    machine.crash()
+    assert machine.get(keys[0])[:1] == b"b"
 
 
 def test_complete_changes_are_forgotten(machine):

@@ -294,8 +294,12 @@ class Journal:
         length = 0
         left_out = 0
         with self._lock:
-            for kind, key, data in self._strips.snapshot():
-                if length + entry_bytes(len(data)) > file.size_bytes // 2:
+            known = list(self._strips.snapshot())
+            needed = sum(entry_bytes(len(data)) for _, _, data in known)
+            # At least half of it is for what comes.
+            room = needed if file.grow(max(file.size_bytes, 2 * needed)) else file.size_bytes // 2
+            for kind, key, data in known:
+                if length + entry_bytes(len(data)) > room:
                     left_out += 1
                     continue
                 self._number = number = self._number + 1

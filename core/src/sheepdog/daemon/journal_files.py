@@ -69,7 +69,7 @@ class JournalFile:
         :raises ConfigError: the directory is missing, there is no space, or another sheep uses the file.
         """
         self.path = path
-        self.size_bytes = size_bytes
+        self.size_bytes = self._usual_bytes = size_bytes
         self._synced = synced
         self.end = 0  # of what was written
         self._allocated = 0  # up to here the blocks were written once
@@ -101,6 +101,17 @@ class JournalFile:
     def room_for(self, length: int) -> bool:
         """Whether so many bytes fit behind what is there."""
         return self.end + length <= self.size_bytes
+
+    def grow(self, size_bytes: int) -> bool:
+        """There is space for so many bytes until the file is emptied; False when the disk has none."""
+        if size_bytes > self.size_bytes:
+            try:
+                os.posix_fallocate(self._fd, 0, size_bytes)
+            except OSError as error:
+                logger.warning("journal: no space for %d bytes in %s: %s", size_bytes, self.path, error.strerror)
+                return False
+            self.size_bytes = size_bytes
+        return True
 
     def append(self, buffers: Sequence[bytes | bytearray | memoryview], length: int) -> None:
         """The buffers, ``length`` bytes together, are behind what was there (on stable storage, if ``synced``).
@@ -143,6 +154,10 @@ class JournalFile:
             at = 0
             while at < self.end:
                 at += os.pwrite(fd, memoryview(ZEROS)[: self.end - at], at)
+            if self.size_bytes > self._usual_bytes:
+                os.ftruncate(fd, self._usual_bytes)
+                self.size_bytes = self._usual_bytes
+                self._allocated = min(self._allocated, self.size_bytes)
             if self._synced:
                 os.fdatasync(fd)
         finally:
