@@ -6,6 +6,8 @@ import socket
 import anyio
 import pytest
 
+from sheepdog.builtin import streams, tcp
+from sheepdog.builtin.streams import tune_socket
 from sheepdog.builtin.tcp import HIGH_WATER_BYTES, TcpTransport, sheepdog_transport
 from sheepdog.contracts.transport import Channel
 from sheepdog.errors import TransportError
@@ -28,6 +30,24 @@ class TestTcp(TransportKit):
         await transport.connect(f"127.0.0.1:{port}", RecordingReceiver)
 
         await until(lambda: server.receivers, "the connection")
+
+    async def test_silent_host(self, transport, listen_address, monkeypatch):
+        """Both sides ask the other host for signs of life; who waits for answers does not wait long for them."""
+        made = []
+
+        def recording(sock, *, outgoing):
+            tune_socket(sock, outgoing=outgoing)
+            alive = sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            made.append((outgoing, alive, sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)))
+
+        for module in (streams, tcp):
+            monkeypatch.setattr(module, "tune_socket", recording)
+        server = await self.serve(transport, listen_address)
+
+        await transport.connect(server.address, RecordingReceiver)
+        await until(lambda: server.receivers, "the connection")
+
+        assert sorted(made) == [(False, 1, 0), (True, 1, 10_000)]
 
     async def test_v6(self, transport):
         """IPv6 addresses are written with brackets, both ways."""

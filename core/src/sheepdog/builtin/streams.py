@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import anyio
 import anyio.abc
@@ -28,6 +29,8 @@ HIGH_WATER_BYTES = 1024 * KiB
 LOW_WATER_BYTES = 256 * KiB
 JOIN_BYTES = 64 * KiB  # small buffers leave joined, up to this much
 CLEANUP_S = 5.0
+KEEPALIVE = {socket.TCP_KEEPIDLE: 15, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
+UNACKED_S = 10  # the other host has not even confirmed that packets arrived; that of a stopped process does
 ACCEPT_RETRY_S = 0.1  # after a failed accept, usually for lack of file descriptors
 
 
@@ -53,6 +56,32 @@ def split_address(address: Address) -> tuple[str, int, str | None]:
 def join_address(host: str, port: int) -> Address:
     """'host:port', with brackets around an IPv6 address."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class HasOptions(Protocol):
+    """A socket, or what an event loop gives out for one."""
+
+    def setsockopt(self, level: int, option: int, value: int, /) -> None: ...
+
+
+def tune_socket(sock: HasOptions, *, outgoing: bool) -> None:
+    """What every TCP connection between programs of a cluster should have.
+
+    :param outgoing: we connected to a server, whose silence keeps requests waiting.
+    """
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # A host that lost its power sends no farewell: its connections end after half a minute of silence.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, seconds in KEEPALIVE.items():
+        sock.setsockopt(socket.IPPROTO_TCP, option, seconds)
+    if outgoing:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKED_S * 1000)
+
+
+def _tune_stream(stream: anyio.abc.ByteStream, *, outgoing: bool) -> None:
+    sock = stream.extra(anyio.abc.SocketAttribute.raw_socket, None)
+    if sock is not None and sock.family != socket.AF_UNIX:
+        tune_socket(sock, outgoing=outgoing)
 
 
 class TaskHome:
@@ -315,6 +344,7 @@ class StreamTransport(Transport):
     async def connect(self, address: Address, make_receiver: Accept) -> Channel:
         group = await self._home.group()
         stream, local, remote = await self._connect(address)
+        _tune_stream(stream, outgoing=True)
         # No await from here on: a cancelled call leaves nothing open.
         channel = StreamChannel(stream, local, remote)
         group.start_soon(self._run, channel, make_receiver(channel))
@@ -340,6 +370,7 @@ class StreamTransport(Transport):
 
     async def _serve(self, listening: StreamListening, accept: Accept, group: anyio.abc.TaskGroup) -> None:
         async def accepted(stream: anyio.abc.ByteStream) -> None:
+            _tune_stream(stream, outgoing=False)
             channel = StreamChannel(stream, listening.address, self._remote_of(stream))
             try:
                 receiver = accept(channel)

@@ -25,7 +25,7 @@ import anyio
 import anyio.abc
 
 from sheepdog.api import Accept, Address, Buffer, Channel, Listener, Receiver, Transport, TransportError, hookimpl
-from sheepdog.builtin.streams import StreamListening, StreamTransport, join_address, split_address
+from sheepdog.builtin.streams import StreamListening, StreamTransport, join_address, split_address, tune_socket
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,6 @@ KiB = 1024
 HIGH_WATER_BYTES = 1024 * KiB  # queued beyond this, a channel is congested
 LOW_WATER_BYTES = 256 * KiB  # drained below this, it is writable again
 UNIX_PATH_BYTES_MAX = 107
-KEEPALIVE = {socket.TCP_KEEPIDLE: 15, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
 FD_DIRECTORY = "/proc/self/fd/"
 FLUSH_BYTES = 256 * KiB  # a channel that has corked this much is flushed before the end of the receive
 JOIN_BYTES = 64 * KiB  # up to this much is joined: a copy is cheaper than a long list of buffers
@@ -211,11 +210,15 @@ class TcpChannel(Channel):
 class _Protocol(asyncio.BufferedProtocol):
     """Joins an asyncio transport to a channel and its receiver."""
 
-    def __init__(self, owner: TcpTransport, cork: _Cork, accept: Accept, address: Address) -> None:
+    def __init__(
+        self, owner: TcpTransport, cork: _Cork, accept: Accept, address: Address, *, outgoing: bool = False
+    ) -> None:
+        """:param outgoing: we connected to a server, whose silence keeps requests waiting."""
         self._owner = owner
         self._cork = cork
         self._accept = accept
         self._address = address
+        self._outgoing = outgoing
         self._receiver: Receiver | None = None
         self._lost = False
         self._scratch = memoryview(bytearray(1))
@@ -227,11 +230,7 @@ class _Protocol(asyncio.BufferedProtocol):
         local = _sockaddr_text(transport.get_extra_info("sockname"), self._address)
         remote = _sockaddr_text(transport.get_extra_info("peername"), local)
         if sock is not None and sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # A host that lost its power sends no farewell: its connections end after half a minute of silence.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, seconds in KEEPALIVE.items():
-                sock.setsockopt(socket.IPPROTO_TCP, option, seconds)
+            tune_socket(sock, outgoing=self._outgoing)
         channel = self.channel = TcpChannel(transport, self._cork, local, remote)
         self._owner.opened(channel)
         try:
@@ -320,7 +319,7 @@ class TcpTransport(Transport):
         if streams is not None:
             return await streams.connect(address, make_receiver)
         loop, cork = self._loop_and_cork()
-        protocol = _Protocol(self, cork, make_receiver, address)
+        protocol = _Protocol(self, cork, make_receiver, address, outgoing=True)
         host, port, path = split_address(address)
         try:
             if path is not None:

@@ -29,6 +29,7 @@ from sheepdog.wire.results import Result
 logger = logging.getLogger(__name__)
 
 CONNECT_S = 5.0
+SECOND_CONNECT_S = 2.0  # over the second network, while there is the main address to go to
 ANSWER_S = 30.0  # a peer that answers nothing for so long loses the connection
 ID_MAX = 0xFFFFFFFF  # of a request; then they begin again
 RETRY_S = 0.2  # between attempts to reach a node that refused
@@ -181,11 +182,11 @@ class PeerLink:
         try:
             for address in addresses:
                 try:
-                    with anyio.fail_after(CONNECT_S):
+                    with anyio.fail_after(CONNECT_S if address is addresses[-1] else SECOND_CONNECT_S):
                         await self._pool.transport.connect(address, self._opened)
                     return
                 except (TransportError, TimeoutError) as error:
-                    if address != addresses[-1]:
+                    if address is not addresses[-1]:
                         logger.warning("fallback to main address of node=%s: %s", self.node.text, error)
                     else:
                         logger.debug("node=%s is not reachable: %s", self.node.text, error)

@@ -373,7 +373,10 @@ class SheepCluster:
             remembered = self._remembered
             wait_until(lambda: not remembered(sheep.port), f"the old session of sheep {sheep.index} to end")
         sheep.killed = False
-        sheep.start(self._specs[sheep.index], self.options, sync=self.sync)
+        options = self.options
+        if self.network is not None and self.network.second:
+            options += ("-i", f"host={self.network.second_host(sheep.index)},port={sheep.port}")
+        sheep.start(self._specs[sheep.index], options, sync=self.sync)
 
     def close(self) -> None:
         """No process, no port and no temporary file is left. Repeating it is harmless."""

@@ -5,6 +5,8 @@ into groups, each group is plugged into a bridge of its own: packets to the othe
 no process is told, as when a switch dies. Nothing of the host's own network is touched. Clients enter the namespace of
 the sheep that they talk to, so they reach it whatever is cut.
 
+Sheep may have a second interface each, as with ``sheep -i``, on a network of its own.
+
 It needs root and the program ``ip``. The local driver meets in a file and does not notice the cut, only the data
 traffic does; drivers that meet over the network lose both.
 """
@@ -23,6 +25,7 @@ from pathlib import Path
 CLONE_NEWNET = 0x40000000
 NAMESPACES = Path("/run/netns")
 PREFIX = "10.199.7."
+SECOND_PREFIX = "10.199.8."
 
 _numbers = itertools.count()
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -53,8 +56,10 @@ def _ip(*words: str, check: bool = True) -> subprocess.CompletedProcess[bytes]:
 class Network:
     """The wires of ``count`` sheep. Use it in a ``with`` block, around that of the cluster."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, *, second: bool = False) -> None:
+        """:param second: of sheep with two interfaces."""
         self.count = count
+        self.second = second
         self._name = f"sheep{os.getpid()}-{next(_numbers)}"
         self._hub = f"{self._name}-hub"
         self._bridges: list[str] = []
@@ -71,6 +76,13 @@ class Network:
                 _ip("-n", inside, "link", "set", "lo", "up")
                 _ip("-n", inside, "link", "set", "wire", "up")
                 _ip("-n", self._hub, "link", "set", f"port{index}", "up")
+                if self.second:
+                    _ip("link", "add", "second", "netns", inside, "type", "veth",
+                        "peer", "name", f"second{index}", "netns", self._hub)  # fmt: skip
+                    _ip("-n", inside, "address", "add", f"{self.second_host(index)}/24", "dev", "second")
+                    _ip("-n", inside, "link", "set", "second", "up")
+                    _ip("-n", self._hub, "link", "set", f"second{index}", "up")
+                    _ip("-n", self._hub, "link", "set", f"second{index}", "master", self._bridge("second"))
             self.heal()
         except BaseException:
             self.close()
@@ -94,6 +106,14 @@ class Network:
         """The address of one sheep."""
         return f"{PREFIX}{index + 1}"
 
+    def second_host(self, index: int) -> str:
+        """The address of one sheep's second interface."""
+        return f"{SECOND_PREFIX}{index + 1}"
+
+    def cut_second(self, index: int) -> None:
+        """No packet passes to or from the second interface of that sheep."""
+        _ip("-n", self._hub, "link", "set", f"second{index}", "nomaster")
+
     def command(self, index: int) -> list[str]:
         """What stands in front of a command that is to run beside the sheep; the process is the command itself."""
         return ["ip", "netns", "exec", self.namespace(index)]
@@ -112,7 +132,7 @@ class Network:
         """Only sheep of one group reach each other; who is in none of them reaches nobody."""
         alone = set(range(self.count)).difference(*groups)
         for number, group in enumerate((*groups, *((index,) for index in sorted(alone)))):
-            bridge = self._bridge(number)
+            bridge = self._bridge(str(number))
             for index in group:
                 _ip("-n", self._hub, "link", "set", f"port{index}", "master", bridge)
 
@@ -120,13 +140,13 @@ class Network:
         """Everybody reaches everybody."""
         self.split(range(self.count))
 
-    def _bridge(self, number: int) -> str:
-        while len(self._bridges) <= number:
-            name = f"bridge{len(self._bridges)}"
+    def _bridge(self, label: str) -> str:
+        name = f"bridge-{label}"
+        if name not in self._bridges:
             _ip("-n", self._hub, "link", "add", name, "type", "bridge", "forward_delay", "0")
             _ip("-n", self._hub, "link", "set", name, "up")
             self._bridges.append(name)
-        return self._bridges[number]
+        return name
 
 
 def _enter(namespace: int) -> None:
