@@ -86,9 +86,9 @@ def _head(path: str) -> bytes:
 
 
 def stale(cluster: SheepCluster, index: int) -> list[str]:
-    """Names of everything set aside on one sheep."""
+    """Names of everything set aside on one sheep, but for files that wait beside it to become strips."""
     bases = (cluster.sheep[index].directory, *cluster.base.glob(f"disk{index}*"))
-    return [path.name for base in bases for path in base.rglob(".stale/*")]
+    return [path.name for base in bases for path in base.rglob(".stale/*") if not path.name.startswith("spare.")]
 
 
 def in_place(cluster: SheepCluster, copies: int) -> None:
