@@ -16,7 +16,7 @@ from sheepdog.model.farm import SnapshotLog, unpack_trunk
 from sheepdog.model.inode import InodeHeader
 from sheepdog.model.journal_entry import scan
 from sheepdog.model.ledger import decode
-from sheepdog.model.node import NodeId, unpack_nodes
+from sheepdog.model.node import Node, NodeId, VnodeMode, mode_of_records, unpack_nodes
 from sheepdog.model.vdi_state import VdiState
 from sheepdog.wire import payloads
 from sheepdog.wire.payloads import (
@@ -209,6 +209,9 @@ READERS = [
     NodeId.unpack,
     decode,
     unpack_nodes,
+    Node.unpack,
+    lambda raw: EpochRecord.unpack(raw, VnodeMode.DISK),
+    lambda raw: unpack_nodes(raw[: len(raw) // 592 * 592], mode_of_records(raw)),
     unpack_trunk,
     lambda raw: unpack_epoch_log(raw, 1),
     lambda raw: list(scan(raw)),

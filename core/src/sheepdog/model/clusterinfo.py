@@ -10,13 +10,11 @@ from enum import IntEnum, IntFlag
 from struct import Struct
 
 from sheepdog.errors import ConfigError, InvalidParameters, ProtocolError
-from sheepdog.model.limits import NODES_MAX
-from sheepdog.model.node import NODE_BYTES, Node, pack_nodes, unpack_nodes
+from sheepdog.model.node import Node, VnodeMode, pack_nodes, unpack_nodes
 
 Buffer = bytes | bytearray | memoryview
 
 CLUSTER_INFO_HEAD_BYTES = 48
-CLUSTER_INFO_BYTES = CLUSTER_INFO_HEAD_BYTES + NODES_MAX * NODE_BYTES
 CONFIG_BYTES = 40
 CONFIG_VERSION = 6
 STORE_NAME_BYTES = 16
@@ -52,6 +50,26 @@ class ClusterFlag(IntFlag):
 NO_FLAGS = ClusterFlag(0)
 
 
+def mode_flag(mode: VnodeMode) -> ClusterFlag:
+    """How the flags of a cluster say what its vnodes belong to."""
+    return ClusterFlag.DISK_MODE if mode is VnodeMode.DISK else NO_FLAGS
+
+
+def mode_of_flags(flags: int) -> VnodeMode:
+    """What the vnodes belong to, by the flags of a cluster."""
+    return VnodeMode.DISK if flags & ClusterFlag.DISK_MODE else VnodeMode.NODE
+
+
+def cluster_info_bytes(mode: VnodeMode) -> int:
+    """Length of the whole structure."""
+    return CLUSTER_INFO_HEAD_BYTES + mode.nodes_max * mode.record_bytes
+
+
+CLUSTER_INFO_BYTES = cluster_info_bytes(VnodeMode.NODE)
+CLUSTER_INFO_WITH_DISKS_BYTES = cluster_info_bytes(VnodeMode.DISK)
+assert CLUSTER_INFO_WITH_DISKS_BYTES <= CLUSTER_INFO_BYTES
+
+
 def pack_store_name(name: str) -> bytes:
     """The name in ASCII, at most 15 bytes and a NUL.
 
@@ -73,7 +91,7 @@ def unpack_store_name(raw: bytes) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ClusterInfo:
-    """A node's knowledge of the cluster. ``nodes`` are the members of ``epoch``.
+    """A node's knowledge of the cluster. ``nodes`` are the members of ``epoch``; ``flags`` decide their layout.
 
     :param ctime: identity of the cluster, 0 before it was formatted.
     :param status: a ``ClusterStatus``; a number from elsewhere is kept as it came.
@@ -109,13 +127,14 @@ class ClusterInfo:
 
     def pack_used(self) -> bytes:
         """The head and the records of ``nodes`` only; what a driver's greeting carries."""
-        return self.pack_head() + pack_nodes(self.nodes)
+        return self.pack_head() + pack_nodes(self.nodes, mode_of_flags(self.flags))
 
     def pack(self) -> bytes:
-        """The whole structure of 491568 bytes, unused records zero."""
-        if len(self.nodes) > NODES_MAX:
-            raise InvalidParameters(f"{len(self.nodes)} nodes, a cluster has at most {NODES_MAX}")
-        return self.pack_used().ljust(CLUSTER_INFO_BYTES, b"\0")
+        """The whole structure, 491568 bytes (491408 where vnodes belong to disks), unused records zero."""
+        mode = mode_of_flags(self.flags)
+        if len(self.nodes) > mode.nodes_max:
+            raise InvalidParameters(f"{len(self.nodes)} nodes, a cluster has at most {mode.nodes_max}")
+        return self.pack_used().ljust(cluster_info_bytes(mode), b"\0")
 
     @classmethod
     def unpack(cls, buffer: Buffer) -> ClusterInfo:
@@ -128,8 +147,9 @@ class ClusterInfo:
         (
             proto_ver, disable_recovery, count, epoch, ctime, flags, copies, copy_policy, status, shift, store,
         ) = _HEAD.unpack_from(buffer)  # fmt: skip
-        end = CLUSTER_INFO_HEAD_BYTES + count * NODE_BYTES
-        if not 0 <= count <= NODES_MAX or len(buffer) < end:
+        mode = mode_of_flags(flags)
+        end = CLUSTER_INFO_HEAD_BYTES + count * mode.record_bytes
+        if not 0 <= count <= mode.nodes_max or len(buffer) < end:
             raise ProtocolError(f"cluster info of {len(buffer)} bytes announces {count} nodes")
         return cls(
             proto_ver=proto_ver,
@@ -142,7 +162,7 @@ class ClusterInfo:
             status=status,
             block_size_shift=shift,
             default_store=unpack_store_name(store),
-            nodes=unpack_nodes(memoryview(buffer)[CLUSTER_INFO_HEAD_BYTES:end]),
+            nodes=unpack_nodes(memoryview(buffer)[CLUSTER_INFO_HEAD_BYTES:end], mode),
         )
 
 

@@ -1,7 +1,8 @@
 """Epochs: the counter of membership configurations and the log of who was a member in each.
 
 One file per epoch holds the node records and the time it was written; STAT_CLUSTER shows the same as a list of entries
-with a 48-byte head. Layouts: docs, on-disk layout, section 4, and wire protocol, section 9.6.
+with a 48-byte head. How long a record is depends on what vnodes belong to (``VnodeMode``). Layouts: docs, on-disk
+layout, section 4, and wire protocol, section 9.6.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from struct import Struct
 
 from sheepdog.errors import InvalidParameters, ProtocolError
 from sheepdog.model.clusterinfo import NO_FLAGS, ClusterFlag, pack_store_name, unpack_store_name
-from sheepdog.model.node import NODE_BYTES, Node, pack_nodes, unpack_nodes
+from sheepdog.model.node import Node, VnodeMode, pack_nodes, unpack_nodes
 
 Buffer = bytes | bytearray | memoryview
 
@@ -50,20 +51,20 @@ class EpochRecord:
     nodes: tuple[Node, ...]
     time: int
 
-    def pack(self) -> bytes:
+    def pack(self, mode: VnodeMode = VnodeMode.NODE) -> bytes:
         """The records, then the time."""
-        return pack_nodes(self.nodes) + _TIME.pack(self.time)
+        return pack_nodes(self.nodes, mode) + _TIME.pack(self.time)
 
     @classmethod
-    def unpack(cls, buffer: Buffer) -> EpochRecord:
+    def unpack(cls, buffer: Buffer, mode: VnodeMode = VnodeMode.NODE) -> EpochRecord:
         """From a file or a GET_EPOCH reply.
 
         :raises ProtocolError: the length does not fit whole records and a time.
         """
         end = len(buffer) - _TIME.size
-        if end < 0 or end % NODE_BYTES:
+        if end < 0 or end % mode.record_bytes:
             raise ProtocolError(f"an epoch record of {len(buffer)} bytes does not hold whole nodes and a time")
-        return cls(unpack_nodes(memoryview(buffer)[:end]), _TIME.unpack_from(buffer, end)[0])
+        return cls(unpack_nodes(memoryview(buffer)[:end], mode), _TIME.unpack_from(buffer, end)[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ class EpochLogEntry:
     flags: ClusterFlag = NO_FLAGS
     store: str = ""
 
-    def pack(self, node_slots: int) -> bytes:
+    def pack(self, node_slots: int, mode: VnodeMode = VnodeMode.NODE) -> bytes:
         """48 bytes and ``node_slots`` records, the unused ones zero.
 
         :raises InvalidParameters: more nodes than slots.
@@ -101,10 +102,10 @@ class EpochLogEntry:
             self.flags,
             pack_store_name(self.store),
         )
-        return (head + pack_nodes(self.nodes)).ljust(EPOCH_LOG_HEAD_BYTES + node_slots * NODE_BYTES, b"\0")
+        return (head + pack_nodes(self.nodes, mode)).ljust(epoch_entry_bytes(node_slots, mode), b"\0")
 
     @classmethod
-    def unpack(cls, buffer: Buffer) -> EpochLogEntry:
+    def unpack(cls, buffer: Buffer, mode: VnodeMode = VnodeMode.NODE) -> EpochLogEntry:
         """One entry with its slots.
 
         :raises ProtocolError: shorter than the head and the records it announces.
@@ -112,13 +113,13 @@ class EpochLogEntry:
         if len(buffer) < EPOCH_LOG_HEAD_BYTES:
             raise ProtocolError(f"an epoch entry has at least {EPOCH_LOG_HEAD_BYTES} bytes, not {len(buffer)}")
         ctime, time, epoch, count, disable_recovery, copies, copy_policy, flags, store = _HEAD.unpack_from(buffer)
-        end = EPOCH_LOG_HEAD_BYTES + count * NODE_BYTES
+        end = epoch_entry_bytes(count, mode)
         if end > len(buffer):
             raise ProtocolError(f"an epoch entry of {len(buffer)} bytes announces {count} nodes")
         return cls(
             time=time,
             epoch=epoch,
-            nodes=unpack_nodes(memoryview(buffer)[EPOCH_LOG_HEAD_BYTES:end]),
+            nodes=unpack_nodes(memoryview(buffer)[EPOCH_LOG_HEAD_BYTES:end], mode),
             ctime=ctime,
             disable_recovery=bool(disable_recovery),
             copies=copies,
@@ -128,18 +129,23 @@ class EpochLogEntry:
         )
 
 
-def pack_epoch_log(entries: Iterable[EpochLogEntry], node_slots: int) -> bytes:
+def epoch_entry_bytes(node_slots: int, mode: VnodeMode = VnodeMode.NODE) -> int:
+    """Length of an entry with room for so many nodes."""
+    return EPOCH_LOG_HEAD_BYTES + node_slots * mode.record_bytes
+
+
+def pack_epoch_log(entries: Iterable[EpochLogEntry], node_slots: int, mode: VnodeMode = VnodeMode.NODE) -> bytes:
     """The entries of a STAT_CLUSTER reply, in the order given (newest first)."""
-    return b"".join(entry.pack(node_slots) for entry in entries)
+    return b"".join(entry.pack(node_slots, mode) for entry in entries)
 
 
-def unpack_epoch_log(buffer: Buffer, node_slots: int) -> tuple[EpochLogEntry, ...]:
+def unpack_epoch_log(buffer: Buffer, node_slots: int, mode: VnodeMode = VnodeMode.NODE) -> tuple[EpochLogEntry, ...]:
     """All entries of a STAT_CLUSTER reply.
 
     :raises ProtocolError: the length is no multiple of an entry's, or an entry announces more than its slots.
     """
-    stride = EPOCH_LOG_HEAD_BYTES + node_slots * NODE_BYTES
+    stride = epoch_entry_bytes(node_slots, mode)
     if len(buffer) % stride:
         raise ProtocolError(f"an epoch log of {len(buffer)} bytes is no multiple of {stride}")
     view = memoryview(buffer)
-    return tuple(EpochLogEntry.unpack(view[at : at + stride]) for at in range(0, len(buffer), stride))
+    return tuple(EpochLogEntry.unpack(view[at : at + stride], mode) for at in range(0, len(buffer), stride))

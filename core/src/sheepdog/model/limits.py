@@ -33,6 +33,8 @@ PARITY_STRIPS_MAX: Final = 15
 
 PARTICIPANTS_MAX: Final = 31  # of a shared lock
 NODES_MAX: Final = 6144
+NODES_WITH_DISKS_MAX: Final = 830  # where vnodes belong to disks
+NODE_DISKS_MAX: Final = 32  # that a node announces there
 DISKS_MAX: Final = 64  # that md info can report
 GENERATION_MAX: Final = (1 << 20) - 2
 LEDGER_COUNTERS: Final = 1 << 20

@@ -5,6 +5,10 @@ first position at or after the hash of its oid; the further holders are found by
 position whose zone is taken already. So a node that comes or goes moves only the objects of the arcs it takes or
 leaves. Algorithm and vectors: docs, placement and recovery, sections 2, 3 and 5.
 
+Where vnodes belong to disks, each disk of a node has positions of its own, in proportion to its size. The ring inside
+the node has the same positions, so an object lies on the disk that its node was chosen by, and a disk that comes or
+goes moves only what lies in its arcs, to or from other nodes for the most part.
+
 A ring never changes; a new epoch makes a new one. What is asked is remembered: holders depend only on the position
 where the walk starts, so walks are kept per position, and the answer per oid on top of that.
 """
@@ -12,13 +16,15 @@ where the walk starts, so walks are kept per position, and the answer per oid on
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import chain
 from struct import Struct
+from typing import TypeVar
 
-from sheepdog.model.hashing import hash_chain, hash_oid, sd_hash
-from sheepdog.model.node import VNODES_DEFAULT, Node
+from sheepdog.model.hashing import fnv1a, hash_chain, hash_oid, sd_hash
+from sheepdog.model.node import VNODES_DEFAULT, VNODES_MAX, Node, NodeDisk, NodeId
 
 ZONES_MAX = 31  # zones beyond are not counted, because no object has more holders
 CACHE_OIDS_MAX = 1 << 17  # holders remembered per ring and number of copies, about 20 MiB when full
@@ -26,12 +32,66 @@ DISK_POSITION_BYTES = 16 << 20  # of disk space for one position on the ring of 
 
 _FLOAT = Struct("<f")
 _U64 = 1 << 64
+T = TypeVar("T")
+
+
+def _identity(node: NodeId) -> bytes:
+    """What the positions of a node are made of."""
+    return node.address + node.port.to_bytes(2, "little")
 
 
 @lru_cache(maxsize=8192)
 def _node_positions(identity: bytes, count: int) -> tuple[int, ...]:
     """Positions of one node. Kept between rings: most nodes are the same in the next epoch."""
     return hash_chain(sd_hash(identity), count)
+
+
+@lru_cache(maxsize=8192)
+def _disk_positions(identity: bytes, disk: int, count: int) -> tuple[int, ...]:
+    """Positions of one disk of a node, where vnodes belong to disks. Kept like those of nodes."""
+    return hash_chain(fnv1a(disk.to_bytes(8, "little"), sd_hash(identity)), count)
+
+
+def _positions(node: Node) -> tuple[int, ...]:
+    identity = _identity(node.id)
+    if not node.disks:
+        return _node_positions(identity, node.vnodes)
+    return tuple(chain.from_iterable(_disk_positions(identity, disk.id, disk.vnodes) for disk in node.disks))
+
+
+def _owners(places: Sequence[tuple[Sequence[int], T]]) -> dict[int, T]:
+    """Who owns each position.
+
+    The original aborts on two vnodes at one position; stepping aside is the same on every node, because all build the
+    ring in the same order. Rings of large disks have a million positions, and hardly ever two in one place.
+    """
+    owners: dict[int, T] = {}
+    for positions, owner in places:
+        owners.update(dict.fromkeys(positions, owner))
+    if len(owners) == sum(len(positions) for positions, _ in places):
+        return owners
+    owners = {}
+    for positions, owner in places:
+        for place in positions:
+            position = place
+            while position in owners:
+                position = (position + 1) % _U64
+            owners[position] = owner
+    return owners
+
+
+def _disk_key(path: str) -> bytes:
+    """What the positions of a disk are made of: its path as given, without trailing slashes."""
+    return (path.rstrip("/") or "/").encode("utf-8", "surrogateescape")
+
+
+def node_disk(path: str, space: int) -> NodeDisk:
+    """How a node announces one of its disks, where vnodes belong to disks.
+
+    :param path: as the operator gave it.
+    :param space: its recorded size in bytes.
+    """
+    return NodeDisk(sd_hash(_disk_key(path)), space)
 
 
 class Ring:
@@ -55,17 +115,9 @@ class Ring:
         self.storage = tuple(node for node in self.nodes if node.vnodes > 0)
         self.with_disks = tuple(node for node in self.nodes if node.vnodes > 0 or node.space > 0)
         self.zones = min(len({node.zone for node in self.storage}), ZONES_MAX)
-        owners: dict[int, Node] = {}
-        for node in self.storage:
-            for place in _node_positions(node.id.address + node.id.port.to_bytes(2, "little"), node.vnodes):
-                position = place
-                # The original aborts on two vnodes at one position; stepping aside is the same on every node,
-                # because all build the ring in the same order of nodes.
-                while position in owners:
-                    position = (position + 1) % _U64
-                owners[position] = node
+        owners = _owners([(_positions(node), node) for node in self.storage])
         self.positions = tuple(sorted(owners))
-        self._owners = tuple(owners[position] for position in self.positions)
+        self._owners = tuple(map(owners.__getitem__, self.positions))
         self._caches: dict[int, dict[int, tuple[Node, ...]]] = {}
         self._walks: dict[tuple[int, int], tuple[Node, ...]] = {}
 
@@ -135,28 +187,34 @@ def auto_vnodes(nodes: Iterable[Node]) -> tuple[Node, ...]:
     )
 
 
+def disk_vnodes(nodes: Iterable[Node]) -> tuple[Node, ...]:
+    """The same nodes with the numbers of vnodes that their disks have together. Order is kept."""
+    return tuple(replace(node, vnodes=min(sum(disk.vnodes for disk in node.disks), VNODES_MAX)) for node in nodes)
+
+
 class DiskRing:
     """Which of a node's disks holds an object. Immutable.
 
     :param disks: (path as the operator gave it, recorded size in bytes) pairs. Trailing slashes do not count.
+    :param node: whose disks they are, where vnodes belong to disks: the positions are then those of its vnodes.
     """
 
     __slots__ = ("_owners", "positions")
 
     positions: tuple[int, ...]
 
-    def __init__(self, disks: Iterable[tuple[str, int]]) -> None:
-        owners: dict[int, str] = {}
+    def __init__(self, disks: Iterable[tuple[str, int]], node: NodeId | None = None) -> None:
+        places: list[tuple[Sequence[int], str]] = []
         for path, weight_bytes in sorted(disks):
-            count = -(-weight_bytes // DISK_POSITION_BYTES)
-            key = (path.rstrip("/") or "/").encode("utf-8", "surrogateescape")
-            for place in hash_chain(sd_hash(key), count):
-                position = place
-                while position in owners:
-                    position = (position + 1) % _U64
-                owners[position] = path
+            if node is None:
+                positions = hash_chain(sd_hash(_disk_key(path)), -(-weight_bytes // DISK_POSITION_BYTES))
+            else:
+                disk = node_disk(path, weight_bytes)
+                positions = _disk_positions(_identity(node), disk.id, disk.vnodes)
+            places.append((positions, path))
+        owners = _owners(places)
         self.positions = tuple(sorted(owners))
-        self._owners = tuple(owners[position] for position in self.positions)
+        self._owners = tuple(map(owners.__getitem__, self.positions))
 
     def disk_of(self, oid: int) -> str:
         """The path of the disk where ``oid`` belongs, as it was given.
