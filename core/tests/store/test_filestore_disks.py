@@ -7,6 +7,7 @@ import os
 import shutil
 import struct
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +17,8 @@ from sheepdog.builtin.filestore import FileStore
 from sheepdog.contracts.store import REPLICA, ShardKey, StoreOptions
 from sheepdog.errors import ConfigError, ObjectNotFound, StoreDeviceError, StoreError
 from sheepdog.model.ids import data_oid, inode_oid
+from sheepdog.model.node import NodeId
+from sheepdog.model.ring import DiskRing
 from sheepdog.testing.store_tools import KEY, MiB, get, get_stale, put
 
 from .conftest import ByVid, Flat
@@ -413,3 +416,39 @@ def test_objects_of_another_layout(tmp_path):
         FileStore(dataclasses.replace(options, replacing=True), other).wipe()
         FileStore(options, other)
         FileStore(options, mine)
+
+
+def test_places_by_vnode(layout, tmp_path, caplog):
+    """Where vnodes belong to disks, an object lies on the disk of the first vnode of its node after it."""
+    caplog.set_level(logging.INFO)
+    sizes = {tmp_path / "one": 40 << 30, tmp_path / "two": (70 << 30) + 1}
+    for path, size in sizes.items():
+        path.mkdir()
+        os.setxattr(path, "user.md.size", struct.pack("<Q", size))
+    paths = {str(path): size for path, size in sizes.items()}
+    node, other = NodeId.of("10.0.0.1", 7000), NodeId.of("10.0.0.2", 7000)
+    homes = {key: tmp_path / DiskRing(paths.items(), node).disk_of(key.oid) for key in KEYS}
+    store = FileStore(StoreOptions(tuple(paths), node=node), layout)
+    for key in KEYS:
+        put(store, key, b"x")
+
+    assert all(place(homes[key], key) for key in KEYS)
+    assert set(homes.values()) == set(sizes)
+    assert f"{tmp_path / 'one'}, vdisk nr 10, total disk 2" in caplog.text
+    assert f"{tmp_path / 'two'}, vdisk nr 18, total disk 2" in caplog.text
+    moved = FileStore(StoreOptions(tuple(paths), node=other), layout)
+    assert all(get(moved, key) == b"x" for key in KEYS)
+    assert all(place(tmp_path / DiskRing(paths.items(), other).disk_of(key.oid), key) for key in KEYS)
+
+
+def test_places_without_weight(layout):
+    """A disk that was full when it was first used gets nothing where vnodes belong to disks, unless all were full."""
+    node = NodeId.of("10.0.0.1", 7000)
+
+    def homes(**weights):
+        disks = tuple(SimpleNamespace(path=f"/{name}", weight_bytes=size) for name, size in weights.items())
+        paths = filestore_disk.Paths(disks, layout, node)
+        return {paths.disk_of(ShardKey(data_oid(7, index))).path for index in range(64)}
+
+    assert homes(one=0, two=5 << 30) == {"/two"}
+    assert homes(one=0, two=0) == {"/one", "/two"}

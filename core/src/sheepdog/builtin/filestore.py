@@ -64,6 +64,7 @@ T = TypeVar("T")
 
 FILE_MODE = 0o660
 _RING_POSITION_BYTES = 16 << 20  # weight of one position of a disk on the ring, for the log
+_VNODE_BYTES = 4 << 30  # the same where vnodes belong to disks
 _READ = os.O_RDONLY
 _WRITE = os.O_WRONLY
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
@@ -81,6 +82,7 @@ class FileStore(ObjectStore):
     def __init__(self, options: StoreOptions, layout: Layout) -> None:
         self._layout = layout
         self._direct = options.direct_io
+        self._node = options.node
         self._nowait = True  # until a file system says that it cannot
         self._punch = True
         self._serial = itertools.count(1)
@@ -120,9 +122,9 @@ class FileStore(ObjectStore):
     def _use(self, disks: Iterable[Disk]) -> Paths:
         ordered = tuple(sorted(disks, key=lambda disk: disk.path))
         for disk in ordered:
-            positions = -(-disk.weight_bytes // _RING_POSITION_BYTES)
+            positions = -(-disk.weight_bytes // (_RING_POSITION_BYTES if self._node is None else _VNODE_BYTES))
             logger.info("%s, vdisk nr %d, total disk %d", disk.path, positions, len(ordered))
-        return Paths(ordered, self._layout)
+        return Paths(ordered, self._layout, self._node)
 
     def _drop_doubles(self) -> None:
         """Of a shard that lies on several disks only the file that changed last is left; the right place wins a tie.
@@ -554,15 +556,13 @@ class FileStore(ObjectStore):
     # ---- disks
 
     def usage(self) -> Usage:
-        used = free = weight = 0
-        for disk in self.disks():
-            used += disk.usage.used_bytes
-            free += disk.usage.free_bytes
-            weight += disk.usage.weight_bytes
-        return Usage(used, free, weight)
+        return Usage(*map(sum, zip(Usage(0, 0, 0), *(disk.usage for disk in self.disks()), strict=True)))
 
     def disks(self) -> tuple[DiskInfo, ...]:
         return tuple(disk.info() for disk in self._paths.disks)
+
+    def weights(self) -> dict[str, int]:
+        return {disk.path: disk.weight_bytes for disk in self._paths.disks}
 
     def add_disk(self, path: str) -> None:
         path = _without_slashes(path)
@@ -591,7 +591,7 @@ class FileStore(ObjectStore):
         with self._names:
             for disk in self._paths.disks:
                 disk.reweigh()
-            self._paths = Paths(self._paths.disks, self._layout)
+            self._paths = Paths(self._paths.disks, self._layout, self._node)
         return self.usage()
 
     # ---- where a shard is

@@ -22,6 +22,7 @@ from sheepdog.api import (
     ConfigError,
     DiskInfo,
     DiskRing,
+    NodeId,
     ShardKey,
     StoreBusy,
     StoreDeviceError,
@@ -317,13 +318,18 @@ def _is_object(name: str) -> bool:
 class Paths(dict[ShardKey, str]):
     """Where each shard belongs under one set of disks; swapped as a whole when that changes. Remembers strings only."""
 
-    def __init__(self, disks: tuple[Disk, ...], layout: Layout) -> None:
+    def __init__(self, disks: tuple[Disk, ...], layout: Layout, node: NodeId | None) -> None:
+        """:param node: whose vnodes the disks have, ``None`` where vnodes do not belong to disks."""
         super().__init__()
         self.disks = disks
         self._layout = layout
         self._by_path = {disk.path: disk for disk in disks}
-        # A disk that was full when it was first used has weight 0 and still must be found.
-        self._ring = DiskRing((disk.path, max(disk.weight_bytes, 1)) for disk in disks) if len(disks) > 1 else None
+        self._ring: DiskRing | None = None
+        if len(disks) > 1:
+            # A disk that was full when it was first used has weight 0 and still must be found. Among vnodes of disks it
+            # has none, unless there is no other.
+            least = 1 if node is None or not any(disk.weight_bytes for disk in disks) else 0
+            self._ring = DiskRing(((disk.path, max(disk.weight_bytes, least)) for disk in disks), node)
 
     def __missing__(self, key: ShardKey) -> str:
         path = self.on(self.disk_of(key), key)

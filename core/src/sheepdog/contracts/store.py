@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
+from sheepdog.model.node import NodeId
+
 Buffer: TypeAlias = bytes | bytearray | memoryview
 REPLICA = -1  # ShardKey.index of a whole copy
 
@@ -46,11 +48,14 @@ class StoreOptions:
     ``disks`` are absolute directories that exist; ``direct_io`` asks for O_DIRECT where offset and length allow.
     ``replacing`` says that everything on the disks will be wiped: otherwise a store that sees objects of another one
     there, which it would never find, refuses them by a ``ConfigError`` before it changes anything.
+    ``node`` is given where vnodes belong to disks: an object then has its place on the disk whose vnode of this node
+    comes first after it (``DiskRing``), so that a disk that goes takes no more than its own share with it.
     """
 
     disks: tuple[str, ...]
     direct_io: bool = False
     replacing: bool = False
+    node: NodeId | None = None
 
 
 class Verified(NamedTuple):
@@ -200,6 +205,13 @@ class ObjectStore(ABC):
 
         Never fails for a failing disk: that one is listed with nothing used and nothing free.
         """
+
+    def weights(self) -> dict[str, int]:
+        """The recorded size in bytes of each disk in use, in path order.
+
+        Asked on the event loop when a disk came or went; a store whose ``disks`` measures overrides it.
+        """
+        return {disk.path: disk.usage.weight_bytes for disk in self.disks()}
 
     def add_disk(self, path: str) -> None:
         """A new, emptied directory takes its share of the objects from now on.

@@ -324,7 +324,7 @@ class Recovery:
     def _look_for_disks(self) -> None:
         """Without a disk that an earlier process had, that something is missing here proves nothing."""
         progress = self._progress
-        disks = [disk.path for disk in self._store().disks()] if self._shards is not None else []
+        disks = list(self._store().weights()) if self._shards is not None else []
         gone = sorted(set(progress.disks).difference(disks))
         if gone:
             logger.warning("disks that were in use are not there any more: %s", ", ".join(gone))

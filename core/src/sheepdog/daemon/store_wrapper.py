@@ -76,6 +76,9 @@ class StoreWrapper(ObjectStore):
     def disks(self) -> tuple[DiskInfo, ...]:
         return self.inner.disks()
 
+    def weights(self) -> dict[str, int]:
+        return self.inner.weights()
+
     def add_disk(self, path: str) -> None:
         self.inner.add_disk(path)
 

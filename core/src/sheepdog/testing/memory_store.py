@@ -86,6 +86,10 @@ class MemoryMedium:
                     else:
                         disk.flush(name)
 
+    def weigh(self, path: str, weight_bytes: int) -> None:
+        """The disk counts as one of that size, from its first use on, until it is weighed again."""
+        self.disk(path).weight_bytes = weight_bytes
+
     def break_disk(self, path: str) -> None:
         """Everything that touches the disk raises ``StoreDeviceError`` from now on."""
         self.disk(path).broken = True
@@ -296,7 +300,7 @@ class MemoryStore(ObjectStore):
                 raise StoreError(f"cannot use {path}")
             disk.now.clear()
             disk.safe.clear()
-            disk.weight_bytes = self._medium.capacity_bytes
+            disk.weight_bytes = disk.weight_bytes or self._medium.capacity_bytes
             self._paths = sorted((*self._paths, path))
 
     def remove_disk(self, path: str) -> None:

@@ -518,7 +518,8 @@ class StoreKit(DiskChecks, ExchangeChecks):
         assert len(disks) >= 1
         assert sum(disk.usage.used_bytes for disk in disks) == after.used_bytes
         assert sum(disk.usage.weight_bytes for disk in disks) == after.weight_bytes
-        assert store.reweigh().weight_bytes > 0
+        assert store.weights() == {disk.path: disk.usage.weight_bytes for disk in disks}
+        assert store.reweigh().weight_bytes == sum(store.weights().values()) > 0
 
     def test_restart_finds_everything(self, store_factory: StoreFactory, options: StoreOptions) -> None:
         """A second store on the same disks has the same shards, versions and weight."""
