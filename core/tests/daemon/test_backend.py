@@ -8,8 +8,10 @@ from sheepdog.contracts.store import ShardKey, StoreOptions
 from sheepdog.daemon.backend import LocalBackend
 from sheepdog.daemon.executor import ThreadExecutor
 from sheepdog.daemon.info import Info
-from sheepdog.errors import StoreDeviceError
+from sheepdog.daemon.state import SheepState
+from sheepdog.errors import StoreDeviceError, StoreError
 from sheepdog.model.ids import data_oid
+from sheepdog.model.node import Node, NodeId, VnodeMode
 from sheepdog.testing.memory_store import MemoryMedium, MemoryStore
 from sheepdog.wire.header import Request
 from sheepdog.wire.opcodes import Op
@@ -30,6 +32,9 @@ class Told:
 
     def lost_disk(self):
         self.lost += 1
+
+    def disks_changed(self):
+        pass
 
     def stop(self, exit_code, reason):
         self.ended.append((exit_code, reason))
@@ -80,6 +85,26 @@ async def test_listing_takes_a_failed_disk_out(backend, medium, broken):
     assert [disk.path for disk in backend.store.disks()] == [path for path in DISKS if path not in broken]
     assert backend.told.lost == len(broken)
     assert not backend.told.ended
+
+
+@pytest.mark.parametrize("mode", list(VnodeMode))
+async def test_most_disks(backend, mode):
+    """Where vnodes belong to disks no 33rd one is plugged, because no record has room for it. Each change is told, also
+    that of the store."""
+    changes = []
+    backend._state = SheepState(Node(NodeId.of("10.0.0.1", 7000)), mode)
+    backend.disks_changed = lambda: changes.append(len(backend.store.disks()))
+    for number in range(29):
+        await backend.plug(f"/more{number}")
+    if mode is VnodeMode.DISK:
+        with pytest.raises(StoreError, match="at most 32 disks"):
+            await backend.plug("/more29")
+    else:
+        await backend.plug("/more29")
+    await backend.unplug("/more0/")
+    await backend.switch("plain")
+
+    assert changes == [*range(4, 33), *([33, 32, 32] if mode is VnodeMode.NODE else [31, 31])]
 
 
 async def test_last_disk(backend, medium):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
@@ -13,9 +14,9 @@ from sheepdog.daemon import storedir
 from sheepdog.daemon.storedir import StoreDirectory, check_config, check_vnodes, create_directory, parse_path
 from sheepdog.daemon.storedir import usable_disks as usable
 from sheepdog.errors import ConfigError
-from sheepdog.model.clusterinfo import ClusterFlag, DiskConfig
+from sheepdog.model.clusterinfo import ClusterFlag, DiskConfig, mode_flag
 from sheepdog.model.epochs import EpochRecord
-from sheepdog.model.node import Node, NodeId
+from sheepdog.model.node import Node, NodeDisk, NodeId, VnodeMode
 
 CONFIG = DiskConfig(
     ctime=0x02267FA8_0A64DF98, flags=ClusterFlag.AUTO_VNODES, copies=3, default_store="plain", block_size_shift=22,
@@ -334,11 +335,10 @@ def test_node_config(directory):
         (ClusterFlag(0), True, None),
         (ClusterFlag.AUTO_VNODES, True, storedir.VNODE_STRATEGY_DIFFERS),
         (ClusterFlag(0), False, storedir.VNODE_STRATEGY_DIFFERS),
-        (ClusterFlag.AUTO_VNODES | ClusterFlag.DISK_MODE, False, storedir.DISK_MODE_DIFFERS),
     ],
 )
 def test_vnode_strategy(flags, fixed, message):
-    """A store refuses the other vnode strategy and disk mode, but never a gateway, and never before the format."""
+    """A store refuses the other vnode strategy, but never a gateway, and never before the format."""
     config = DiskConfig(ctime=1, flags=flags)
     check_config(config, fixed_vnodes=fixed, gateway=True)
     check_config(DiskConfig(ctime=0, flags=flags), fixed_vnodes=fixed, gateway=False)
@@ -349,6 +349,37 @@ def test_vnode_strategy(flags, fixed, message):
         with pytest.raises(ConfigError) as caught:
             check_config(config, fixed_vnodes=fixed, gateway=False)
         assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("gateway", [False, True])
+@pytest.mark.parametrize("mode", list(VnodeMode))
+def test_vnode_mode(mode, gateway):
+    """A store that was formatted for the other vnode mode is refused, a gateway's too, with a word on what to do."""
+    flags = {one: ClusterFlag.AUTO_VNODES | mode_flag(one) for one in VnodeMode}
+    other = next(one for one in VnodeMode if one is not mode)
+    check_config(DiskConfig(ctime=1, flags=flags[mode]), fixed_vnodes=False, gateway=gateway, mode=mode)
+    check_config(DiskConfig(ctime=0, flags=flags[other]), fixed_vnodes=False, gateway=gateway, mode=mode)
+
+    with pytest.raises(ConfigError) as caught:
+        check_config(DiskConfig(ctime=1, flags=flags[other]), fixed_vnodes=False, gateway=gateway, mode=mode)
+    how = "with" if other is VnodeMode.DISK else "without"
+    assert str(caught.value).splitlines() == [
+        "This sheep can't run because exists data format mismatch",
+        f"the store was formatted {how} --disk-vnodes, start the sheep so, too",
+    ]
+
+
+def test_epochs_with_disks(tmp_path):
+    """Where vnodes belong to disks, epoch files have records of 592 bytes; a file of any other length is ignored."""
+    directory = StoreDirectory(str(tmp_path), VnodeMode.DISK)
+    directory.prepare()
+    record = EpochRecord((replace(node(7000), disks=(NodeDisk(5, 1 << 40), NodeDisk(6, 7))), node(7001, 0)), 77)
+    directory.write_epoch(3, record)
+    (tmp_path / "epoch" / "00000004").write_bytes(bytes(5 * 80 + 8))
+
+    assert (tmp_path / "epoch" / "00000003").stat().st_size == 2 * 592 + 8
+    assert directory.read_epoch(3) == record
+    assert directory.latest_epoch() == 3
 
 
 def test_vnode_number():

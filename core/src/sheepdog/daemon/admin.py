@@ -8,6 +8,7 @@ from dataclasses import replace
 from sheepdog.contracts.services import Clock
 from sheepdog.daemon import messages
 from sheepdog.daemon.barrier import Barrier
+from sheepdog.daemon.disk_list import DiskList
 from sheepdog.daemon.interfaces import Backend, Lifecycle, Spawn
 from sheepdog.daemon.membership import Membership
 from sheepdog.daemon.messages import Fields
@@ -15,7 +16,7 @@ from sheepdog.daemon.sections import Sections
 from sheepdog.daemon.state import SheepState
 from sheepdog.daemon.vdi import ADDED, ALTERED, DELETED, Vdis
 from sheepdog.errors import InvalidParameters, ProtocolError, RequestError, SheepdogError
-from sheepdog.model.clusterinfo import ClusterFlag, ClusterStatus, pack_store_name
+from sheepdog.model.clusterinfo import ClusterFlag, ClusterStatus, mode_flag, pack_store_name
 from sheepdog.model.limits import (
     BLOCK_SIZE_SHIFT_DEFAULT,
     BLOCK_SIZE_SHIFT_MAX,
@@ -23,7 +24,7 @@ from sheepdog.model.limits import (
     COPIES_DEFAULT,
     COPIES_MAX,
 )
-from sheepdog.model.node import Node, NodeId, pack_nodes
+from sheepdog.model.node import VNODES_MAX, Node, NodeId, VnodeMode, pack_nodes
 from sheepdog.model.policy import CopyPolicy, data_strips, parity_strips
 from sheepdog.model.timestamps import pack_time
 from sheepdog.model.vdi_state import VdiState
@@ -50,7 +51,6 @@ KNOWN_FLAGS = (
     | ClusterFlag.RECYCLE_VID
     | ClusterFlag.AVOID_DISK_FULL
 )
-VNODES_MAX = 65535
 
 
 class Admin:
@@ -67,6 +67,7 @@ class Admin:
         lifecycle: Lifecycle,
         clock: Clock,
         spawn: Spawn,
+        disk_list: DiskList,
     ) -> None:
         self._state = state
         self._membership = membership
@@ -77,6 +78,7 @@ class Admin:
         self._lifecycle = lifecycle
         self._clock = clock
         self._spawn = spawn
+        self._disk_list = disk_list
         for name, applier in (
             (FORMAT, self._apply_format),
             (SHUTDOWN, self._apply_shutdown),
@@ -105,7 +107,8 @@ class Admin:
         shift = wanted.block_size_shift or BLOCK_SIZE_SHIFT_DEFAULT
         if not BLOCK_SIZE_SHIFT_MIN <= shift <= BLOCK_SIZE_SHIFT_MAX:
             raise InvalidParameters(f"object size 2^{shift}")
-        if wanted.flags & ~int(KNOWN_FLAGS):
+        mode = mode_flag(self._state.mode)  # what dog says of it does not matter, but it must not be the other one
+        if wanted.flags & ~int(KNOWN_FLAGS | mode):
             raise InvalidParameters(f"cluster flags 0x{wanted.flags:x}")
         now = self._clock.time()
         await self._sections.submit(
@@ -115,7 +118,7 @@ class Admin:
             store=store,
             copies=copies,
             policy=policy,
-            flags=wanted.flags,
+            flags=wanted.flags | mode,
             shift=shift,
         )
         await self._barrier.wait()
@@ -177,7 +180,7 @@ class Admin:
     async def force_recover(self, request: Request) -> Response:
         """FORCE_RECOVER: a waiting cluster runs with the members that are there."""
         self._check_waiting()
-        body = pack_nodes(self._membership.epoch_nodes)
+        body = pack_nodes(self._membership.epoch_nodes, self._state.mode)
         if request.data_length < len(body):
             raise InvalidParameters(f"{len(body)} bytes of nodes do not fit {request.data_length}")
         await self._sections.submit(FORCE_RECOVER)
@@ -217,7 +220,7 @@ class Admin:
 
     async def complete_recovery(self, request: Request) -> Response:
         """COMPLETE_RECOVERY as another implementation sends it."""
-        node = Node.unpack(bytes(request.body))
+        node = Node.unpack(bytes(request.body[: self._state.mode.record_bytes]))
         await self._sections.submit(RECOVERED, epoch=request.tgt_epoch, node=node.id.pack())
         return Response()
 
@@ -296,6 +299,9 @@ class Admin:
             return
         try:
             space = (await self._backend.executor.run(store.reweigh)).weight_bytes
+            if self._state.mode is VnodeMode.DISK:
+                self._disk_list.changed()
+                return
             me = self._state.me
             if abs(space - me.space) < WEIGHT_CHANGE_MIN * max(me.space, 1):
                 return

@@ -19,7 +19,7 @@ from sheepdog.daemon.state import SheepState
 from sheepdog.daemon.vdi_table import VdiTable
 from sheepdog.errors import ProtocolError
 from sheepdog.model.clusterinfo import ClusterFlag, ClusterStatus
-from sheepdog.model.node import Node, pack_nodes, unpack_nodes
+from sheepdog.model.node import Node, VnodeMode
 from sheepdog.model.vdi_state import VdiState
 from sheepdog.wire.opcodes import SHEEP_PROTO_VER
 
@@ -56,6 +56,14 @@ def refusal(state: SheepState, members: Mapping[Any, Member], joiner: Member) ->
         return f"invalid protocol version: {SHEEP_PROTO_VER}, {greeting.proto}"
     if state.ctime and greeting.ctime and state.ctime != greeting.ctime:
         return f"joining node ctime doesn't match: {greeting.ctime} vs {state.ctime}"
+    if greeting.vnode_mode is not state.mode:
+        how = "with" if state.mode is VnodeMode.DISK else "without"
+        return (
+            f"failed to join for vnode mode unmatch.  cluster:{state.mode.value}, joined:{greeting.vnode_mode.value}; "
+            f"every sheep of this cluster is started {how} --disk-vnodes"
+        )
+    if sum(member.admitted for member in members.values()) >= state.mode.nodes_max:
+        return f"failed to join, the cluster has {state.mode.nodes_max} members, which is the most"
     if greeting.gateway or not (state.ctime or greeting.ctime):
         return None
     if state.ctime:
@@ -112,9 +120,9 @@ class Transfer:
                 "shift": self.block_size_shift,
                 "store": self.store,
                 "norec": self.recovery_disabled,
-                "nodes": pack_nodes(self.epoch_nodes),
+                "nodes": messages.pack_records(self.epoch_nodes),
                 "time": self.epoch_time,
-                "before": pack_nodes(self.before_nodes),
+                "before": messages.pack_records(self.before_nodes),
                 "lifted": self.lifted,
                 "members": [
                     {
@@ -187,9 +195,9 @@ class Transfer:
             block_size_shift=integer(fields, "shift"),
             store=messages.text(fields, "store"),
             recovery_disabled=bool(integer(fields, "norec")),
-            epoch_nodes=unpack_nodes(octets(fields, "nodes")),
+            epoch_nodes=messages.unpack_records(fields, "nodes"),
             epoch_time=integer(fields, "time"),
-            before_nodes=unpack_nodes(octets(fields, "before")),
+            before_nodes=messages.unpack_records(fields, "before"),
             lifted=bool(integer(fields, "lifted")),
             members=tuple(members),
             vdis=table,

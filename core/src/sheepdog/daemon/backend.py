@@ -13,6 +13,8 @@ from sheepdog.daemon.shards import Shards
 from sheepdog.daemon.state import SheepState
 from sheepdog.daemon.stats import Stats
 from sheepdog.errors import PluginError, RequestError, ShardCorrupt, StoreDeviceError, StoreError
+from sheepdog.model.limits import NODE_DISKS_MAX
+from sheepdog.model.node import VnodeMode
 from sheepdog.wire.results import Result
 
 if TYPE_CHECKING:
@@ -55,8 +57,10 @@ class LocalBackend:
         self.store_names = tuple(store_names)
         self.store = store
         self.store_name = store_name
-        self._paths: list[str] = [] if store is None else [disk.path for disk in store.disks()]
+        self._paths: list[str] = [] if store is None else list(store.weights())
         self.shards: Shards | None = None
+        self.disks_changed: Callable[[], None] = _nothing
+        """Called on the event loop when a disk came or went."""
         self._state = state
         self._lifecycle = lifecycle
         self._make_store = make_store
@@ -90,9 +94,10 @@ class LocalBackend:
 
         self.store = await self.executor.run(work)
         self.store_name = name
-        self._paths = [disk.path for disk in await self.executor.run(self.store.disks)]
+        self._paths = list(self.store.weights())
         if self.shards is not None:
             self.shards.replace(self.store)
+        self.disks_changed()  # another store knows nothing of disks that came or went since the start
 
     async def use(self, work: Callable[[ObjectStore], T]) -> T:
         """``work(store)`` on a worker thread; again without the disk that failed in it, as long as one is left.
@@ -132,6 +137,7 @@ class LocalBackend:
             else:
                 self._paths.remove(path)
                 self.recovery.lost_disk()
+                self.disks_changed()
                 return True
         self._lifecycle.stop(0, "no disks available, going down")
         return False
@@ -142,9 +148,12 @@ class LocalBackend:
         :raises StoreError: nothing changed.
         """
         store = self._own_store()
+        if self._state.mode is VnodeMode.DISK and len(self._paths) >= NODE_DISKS_MAX:
+            raise StoreError(f"a sheep announces at most {NODE_DISKS_MAX} disks, and has that many")
         await self.executor.run(lambda: store.add_disk(path))
         self._paths.append(_without_slashes(path))
         self.recovery.disks_changed()
+        self.disks_changed()
 
     async def unplug(self, path: str) -> None:
         """The directory is not used any more. With the last one the sheep leaves.
@@ -160,11 +169,16 @@ class LocalBackend:
         if path in self._paths:
             self._paths.remove(path)
         self.recovery.lost_disk()
+        self.disks_changed()
 
     def _own_store(self) -> ObjectStore:
         if self.store is None:
             raise StoreError("a gateway has no disks")
         return self.store
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
 
 
 def _without_slashes(path: str) -> str:

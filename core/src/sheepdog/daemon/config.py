@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sheepdog.model.node import VnodeMode
+
 DEFAULT_PORT = 7000
 # Thread pools of the original, which -w names, and what two of them are called in the log when their size is fixed.
 POOLS = ("net", "gway", "io", "peer", "reclaim", "gway_fwd", "remove", "remove_peer", "recovery", "async")
@@ -102,6 +104,7 @@ class SheepConfig:
     :param my_address: address announced to the cluster (an IP literal), None to ask the cluster driver.
     :param zone: failure zone 0 to 2**32 - 1, None for the default made of the address.
     :param vnodes: fixed number of virtual nodes 1 to 65535, None for automatic. Always None for a gateway.
+    :param vnode_mode: what vnodes belong to, in the whole cluster.
     :param thread_counts: ``-w``: pool name to count, 0 and absent meaning dynamic.
     :param threads_max: ``-x``: upper bound of dynamic pools, None for no limit.
     :param transport: name of the transport plugin.
@@ -123,6 +126,7 @@ class SheepConfig:
     io_address: IoAddress | None = None
     zone: int | None = None
     vnodes: int | None = None
+    vnode_mode: VnodeMode = VnodeMode.NODE
     gateway: bool = False
     nosync: bool = False
     directio: bool = False
@@ -140,6 +144,7 @@ class SheepConfig:
 
     def __post_init__(self) -> None:
         assert not (self.gateway and self.vnodes is not None), "a gateway has no vnodes"
+        assert self.vnodes is None or self.vnode_mode is VnodeMode.NODE, "the sizes of disks say how many vnodes"
 
     @property
     def separate_disks(self) -> bool:

@@ -9,6 +9,7 @@ from sheepdog.contracts.services import Services
 from sheepdog.daemon.admin import Admin
 from sheepdog.daemon.attributes import Attributes
 from sheepdog.daemon.barrier import Barrier
+from sheepdog.daemon.disk_list import DiskList
 from sheepdog.daemon.dispatch import Dispatcher
 from sheepdog.daemon.info import Info
 from sheepdog.daemon.interfaces import Backend, Gateway, Lifecycle, Objects, PeerCaller, Spawn
@@ -59,9 +60,11 @@ class Control:
         self.vdis = Vdis(state, self.membership, self.sections, self.barrier, objects, backend, clock, spawn)
         self.locks = Locks(self.vdis)
         self.attributes = Attributes(self.vdis)
+        self.disk_list = DiskList(state, self.membership, backend, spawn)
         self.admin = Admin(
-            state, self.membership, self.sections, self.barrier, self.vdis, backend, lifecycle, clock, spawn
-        )
+            state, self.membership, self.sections, self.barrier, self.vdis, backend, lifecycle, clock, spawn,
+            self.disk_list,
+        )  # fmt: skip
         self.info = Info(state, self.membership, backend, clock)
         self.disks = DiskOperations(backend)
         self.tracers = Tracers(dispatcher, clock)

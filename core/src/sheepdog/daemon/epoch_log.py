@@ -16,8 +16,7 @@ from sheepdog.daemon.state import SheepState
 from sheepdog.errors import ProtocolError, TransportError
 from sheepdog.model.clusterinfo import DiskConfig
 from sheepdog.model.epochs import EpochRecord
-from sheepdog.model.limits import NODES_MAX
-from sheepdog.model.node import NODE_BYTES, Node, NodeId
+from sheepdog.model.node import Node, NodeId, VnodeMode
 from sheepdog.model.ring import Ring
 from sheepdog.wire.header import Request
 from sheepdog.wire.opcodes import SHEEP_PROTO_VER, Op
@@ -25,7 +24,7 @@ from sheepdog.wire.results import Result
 
 logger = logging.getLogger(__name__)
 
-RECORD_BYTES_MAX = NODES_MAX * NODE_BYTES + 8
+RECORD_BYTES_MAX = max(mode.nodes_max * mode.record_bytes for mode in VnodeMode) + 8
 STAMPED_EPOCHS = 4  # how many of the newest epochs the oldest member states the time of
 
 
@@ -187,7 +186,7 @@ class EpochLog:
             try:
                 response = await self._peers.call(node, request)
                 if response.result == Result.SUCCESS:
-                    return EpochRecord.unpack(bytes(response.body))
+                    return EpochRecord.unpack(bytes(response.body), self._state.mode)
             except (TransportError, ProtocolError):
                 continue  # another member may know
         return None

@@ -19,11 +19,11 @@ from sheepdog.daemon.membership import Membership
 from sheepdog.daemon.repair import Repairs
 from sheepdog.daemon.state import SheepState
 from sheepdog.errors import InvalidParameters, ObjectNotFound
-from sheepdog.model.clusterinfo import CLUSTER_INFO_BYTES, ClusterInfo, ClusterStatus
-from sheepdog.model.epochs import EPOCH_LOG_HEAD_BYTES, EpochLogEntry, EpochRecord, pack_epoch_log
+from sheepdog.model.clusterinfo import ClusterInfo, ClusterStatus, cluster_info_bytes, mode_flag
+from sheepdog.model.epochs import EpochLogEntry, EpochRecord, epoch_entry_bytes, pack_epoch_log
 from sheepdog.model.ids import always_replicated, vid_of
 from sheepdog.model.limits import VDI_BITMAP_BYTES
-from sheepdog.model.node import NODE_BYTES, pack_nodes
+from sheepdog.model.node import pack_nodes
 from sheepdog.model.vdi_state import VDI_STATE_BYTES, pack_vdi_states
 from sheepdog.wire.header import Request, Response
 from sheepdog.wire.payloads import (
@@ -83,19 +83,19 @@ class Info:
     def node_list(self, request: Request) -> Response:
         """GET_NODE_LIST."""
         nodes = self._state.ring.nodes
-        return _sized(request, pack_nodes(nodes), NodeResponse(nr_nodes=len(nodes)).pack())
+        return _sized(request, pack_nodes(nodes, self._state.mode), NodeResponse(nr_nodes=len(nodes)).pack())
 
     def cluster_info(self, request: Request) -> Response:
         """CLUSTER_INFO."""
         state = self._state
-        if request.data_length < CLUSTER_INFO_BYTES:
+        if request.data_length < cluster_info_bytes(state.mode):
             return Response(Result.BUFFER_SMALL)
         return Response(
             body=ClusterInfo(
                 disable_recovery=state.recovery_disabled,
                 epoch=state.epoch,
                 ctime=state.ctime,
-                flags=state.flags,
+                flags=state.flags | mode_flag(state.mode),  # it decides how long the records are
                 copies=state.copies,
                 copy_policy=state.copy_policy,
                 status=state.status,
@@ -115,7 +115,7 @@ class Info:
         """STAT_CLUSTER: the newest epochs, as many as fit; the result is the status of the cluster."""
         state = self._state
         slots = ClusterRequest.unpack(request.variant or b"").nodes_nr
-        room = min(request.data_length, EPOCHS_BYTES_MAX) // (EPOCH_LOG_HEAD_BYTES + slots * NODE_BYTES)
+        room = min(request.data_length, EPOCHS_BYTES_MAX) // epoch_entry_bytes(slots, state.mode)
         wanted = list(range(state.epoch, max(0, state.epoch - room), -1))
         entries: list[EpochLogEntry] = []
         for epoch in wanted:
@@ -128,7 +128,7 @@ class Info:
                 if record is None:
                     break  # nobody knows it any more
                 if len(record.nodes) > slots:
-                    return Response(Result.BUFFER_SMALL, body=pack_epoch_log(entries, slots))
+                    return Response(Result.BUFFER_SMALL, body=pack_epoch_log(entries, slots, state.mode))
             assert record is not None
             entry = EpochLogEntry(record.time, epoch, record.nodes)
             if not entries:
@@ -147,7 +147,7 @@ class Info:
         result = _STATUS_RESULT.get(state.status)
         if result is None:
             result = Result.WAIT_FOR_JOIN if state.formatted else Result.WAIT_FOR_FORMAT
-        return Response(result, body=pack_epoch_log(entries, slots))
+        return Response(result, body=pack_epoch_log(entries, slots, state.mode))
 
     async def _epoch(self, epoch: int) -> EpochRecord | None:
         storedir = self._backend.storedir
@@ -158,7 +158,7 @@ class Info:
         record = await self._epoch(request.tgt_epoch) if request.tgt_epoch else None
         if record is None:
             return Response(Result.NO_TAG)
-        return _sized(request, record.pack())
+        return _sized(request, record.pack(self._state.mode))
 
     # ---- volumes
 

@@ -29,10 +29,10 @@ from sheepdog.daemon.session import SessionKeeper
 from sheepdog.daemon.state import SheepState
 from sheepdog.daemon.transfer import FrozenStates, fetch
 from sheepdog.errors import ClusterUnavailable, ProtocolError, SessionLost
-from sheepdog.model.clusterinfo import ClusterFlag, ClusterStatus
+from sheepdog.model.clusterinfo import ClusterFlag, ClusterStatus, mode_flag
 from sheepdog.model.epochs import epoch_after
-from sheepdog.model.node import Node, NodeId
-from sheepdog.model.ring import Ring, auto_vnodes
+from sheepdog.model.node import Node, NodeId, VnodeMode
+from sheepdog.model.ring import Ring, auto_vnodes, disk_vnodes
 from sheepdog.model.vdi_state import VdiState
 from sheepdog.wire.opcodes import SHEEP_PROTO_VER
 
@@ -188,6 +188,7 @@ class Membership(SessionKeeper):
             block_size_shift=state.block_size_shift,
             store=state.store_name,
             auto_vnodes=self.auto_vnodes,
+            vnode_mode=state.mode,
             gateway=self.gateway,
             recovery_disabled=state.recovery_disabled,
             members=self.epoch_nodes,
@@ -364,7 +365,7 @@ class Membership(SessionKeeper):
             return
         state = self.state
         state.ctime = state.epoch = 0
-        state.flags = ClusterFlag.AUTO_VNODES if self.auto_vnodes else ClusterFlag(0)
+        state.flags = mode_flag(state.mode) | (ClusterFlag.AUTO_VNODES if self.auto_vnodes else ClusterFlag(0))
         state.recovery_disabled = False
         me.inventory.extend(self.inventory()[0])  # all of it, though only a part may have been sent
         state.vdis.clear()
@@ -487,6 +488,8 @@ class Membership(SessionKeeper):
 
     def _ring(self) -> Ring:
         nodes = [member.node for member in self.members()]
+        if self.state.mode is VnodeMode.DISK:
+            return Ring(disk_vnodes(nodes))
         auto = self.state.flags & ClusterFlag.AUTO_VNODES if self.state.ctime else self.auto_vnodes
         return Ring(auto_vnodes(nodes) if auto else nodes)
 
@@ -496,14 +499,15 @@ class Membership(SessionKeeper):
         :param changed: a running cluster needs a new epoch even if the set of members is that of the newest one.
         """
         state = self.state
-        present = {member.node.id for member in self.members()}
-        last = {node.id for node in self.epoch_nodes}
+        # Where vnodes belong to disks a member with other disks than in the newest epoch is not quite the same member.
+        present = {member.node.id: member.node.shares for member in self.members()}
+        last = {node.id: node.shares for node in self.epoch_nodes}
         if state.status is ClusterStatus.OK:
             if changed or present != last:
                 await self.lift()
             else:
                 self._install_ring()
-        elif state.ctime and state.epoch and last and last <= present:
+        elif state.ctime and state.epoch and last and last.keys() <= present.keys():
             if present != last:
                 await self.lift()
             else:

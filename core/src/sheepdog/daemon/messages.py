@@ -15,7 +15,7 @@ import cbor2
 
 from sheepdog.contracts.cluster import PAYLOAD_BYTES_MAX
 from sheepdog.errors import PayloadTooLarge, ProtocolError
-from sheepdog.model.node import Node, NodeId, pack_nodes, unpack_nodes
+from sheepdog.model.node import Node, NodeId, VnodeMode, pack_nodes, unpack_nodes
 from sheepdog.model.vdi_state import LockState, VdiState
 
 VERSION = 1
@@ -111,6 +111,22 @@ def text(fields: Mapping[str, Any], key: str) -> str:
     return value
 
 
+def pack_records(nodes: Sequence[Node]) -> bytes | list[bytes]:
+    """Node records as a field: in a row, or in a list where some announce disks, so that none takes the room of 32."""
+    return [node.pack() for node in nodes] if any(node.disks for node in nodes) else pack_nodes(nodes)
+
+
+def unpack_records(fields: Mapping[str, Any], key: str) -> tuple[Node, ...]:
+    """The records of a field that ``pack_records`` made, none when absent.
+
+    :raises ProtocolError: something else is there.
+    """
+    value = fields.get(key)
+    if isinstance(value, list) and all(isinstance(record, bytes) for record in value):
+        return tuple(map(Node.unpack, value))
+    return unpack_nodes(octets(fields, key))
+
+
 def pack_state(state: VdiState) -> list[Any]:
     """One volume state; the lock is left out while nobody holds it."""
     fields: list[Any] = [
@@ -174,6 +190,7 @@ class Greeting:
     block_size_shift: int = 0
     store: str = ""
     auto_vnodes: bool = True
+    vnode_mode: VnodeMode = VnodeMode.NODE
     gateway: bool = False
     recovery_disabled: bool = False
     members: tuple[Node, ...] = ()
@@ -200,9 +217,10 @@ class Greeting:
                 "shift": self.block_size_shift,
                 "store": self.store,
                 "auto": self.auto_vnodes,
+                "disks": self.vnode_mode is VnodeMode.DISK,
                 "gateway": self.gateway,
                 "norec": self.recovery_disabled,
-                "members": pack_nodes(self.members),
+                "members": pack_records(self.members),
                 "vdis": [pack_state(state) for state in self.inventory],
                 "half": list(self.unfinished),
                 "all": self.complete,
@@ -228,9 +246,10 @@ class Greeting:
             block_size_shift=integer(fields, "shift"),
             store=text(fields, "store"),
             auto_vnodes=bool(integer(fields, "auto", 1)),
+            vnode_mode=VnodeMode.DISK if integer(fields, "disks") else VnodeMode.NODE,
             gateway=bool(integer(fields, "gateway")),
             recovery_disabled=bool(integer(fields, "norec")),
-            members=unpack_nodes(octets(fields, "members")),
+            members=unpack_records(fields, "members"),
             inventory=tuple(unpack_states(fields.get("vdis", []))),
             unfinished=tuple(fields["half"]) if isinstance(fields.get("half"), list) else (),
             complete=bool(integer(fields, "all", 1)),

@@ -52,9 +52,9 @@ from sheepdog.daemon.stats import Stats
 from sheepdog.daemon.striped import Striped
 from sheepdog.daemon.unsettled import Unsettled
 from sheepdog.daemon.volumes import GatewayVolumes
-from sheepdog.errors import SheepdogError, TransportError
+from sheepdog.errors import ConfigError, SheepdogError, TransportError
 from sheepdog.model.clusterinfo import ClusterFlag, ClusterStatus
-from sheepdog.model.node import Node, NodeId
+from sheepdog.model.node import Node, NodeId, VnodeMode
 from sheepdog.plugins import Announcer
 from sheepdog.wire.extensions import SCRUB
 from sheepdog.wire.results import Result
@@ -112,7 +112,7 @@ class Sheep:
         services = parts.services
         clock = services.clock
         self.outbox = Outbox()
-        self.state = SheepState(me)
+        self.state = SheepState(me, config.vnode_mode)
         self.stats = Stats()
         self.unsettled = Unsettled(parts.notes)
         self.state.recovery_disabled = parts.notes.progress.disabled
@@ -136,7 +136,7 @@ class Sheep:
         self.backend.shards = shards
         self.recovery = Recovery(
             self.state, shards, self.placer, self.peers, services.executor, clock, self.outbox, self.spawn,
-            disks=len(parts.store.disks()) if parts.store is not None else 1, wildcard=config.wildcard_recovery,
+            disks=len(parts.store.weights()) if parts.store is not None else 1, wildcard=config.wildcard_recovery,
             notes=parts.notes, delay_s=config.recovery_delay_s,
         )  # fmt: skip
         self.recovery.requests = self.stats.requests
@@ -177,6 +177,7 @@ class Sheep:
             self.recovery, striped,
         )  # fmt: skip
         self.control.info.repairs = repairs
+        self.backend.disks_changed = self.control.disk_list.changed
         self.scrubber = Scrubber(
             config.scrub, parts.scrub_notes, self.state, shards, self.placer, repairs, self.recovery,
             services.executor, clock, services.random, self.stats, parts.announcer.object_corrupt,
@@ -368,6 +369,7 @@ async def _run_sheep(
     from sheepdog.daemon.checksum_files import ChecksumFiles
     from sheepdog.daemon.checksums import ChecksummedStore
     from sheepdog.daemon.clock import SystemClock
+    from sheepdog.daemon.disk_list import with_disks
     from sheepdog.daemon.executor import ThreadExecutor
     from sheepdog.daemon.journal import start_journal
     from sheepdog.daemon.journal_files import Left
@@ -375,9 +377,11 @@ async def _run_sheep(
     from sheepdog.daemon.recovery_notes import FileNotes
     from sheepdog.daemon.storedir import StoreDirectory, usable_disks
     from sheepdog.daemon.strip_store import StripLog, StripStore
+    from sheepdog.model.limits import NODE_DISKS_MAX
     from sheepdog.model.node import default_zone
 
-    storedir = StoreDirectory(config.base)
+    by_disk = config.vnode_mode is VnodeMode.DISK
+    storedir = StoreDirectory(config.base, config.vnode_mode)
     storedir.prepare()
     notes = FileNotes(config.base)
     identity = node_id(config, driver)
@@ -392,8 +396,10 @@ async def _run_sheep(
     strips = StripLog(config.base, synced=not config.nosync)
 
     def make_inner(name: str, *, replacing: bool = True) -> ChecksummedStore:
-        made = plugins.make_object_store(name, StoreOptions(disks, direct_io=config.directio, replacing=replacing))
-        return ChecksummedStore(made, checksum_files)
+        options = StoreOptions(
+            disks, direct_io=config.directio, replacing=replacing, node=identity if by_disk else None
+        )
+        return ChecksummedStore(plugins.make_object_store(name, options), checksum_files)
 
     def make_store(name: str) -> ObjectStore:
         made = make_inner(name)
@@ -402,6 +408,8 @@ async def _run_sheep(
     space = 0
     if not config.gateway:
         disks = usable_disks(config.disks, config.base)
+        if by_disk and len(disks) > NODE_DISKS_MAX:
+            raise ConfigError(f"{len(disks)} disks; with --disk-vnodes a sheep has at most {NODE_DISKS_MAX}")
         checksum_files = ChecksumFiles(
             config.base,
             durable=not config.nosync or config.journal is not None,
@@ -425,6 +433,8 @@ async def _run_sheep(
     vnodes = 0 if config.gateway else config.vnodes or 128
     zone = config.zone if config.zone is not None else default_zone(identity.address)
     me = Node(identity, vnodes, zone, space)
+    if by_disk and store is not None:
+        me = with_disks(me, store.weights())
     _log_pools(config)
     workers = min(WORKERS_MAX, config.threads_max or WORKERS_MAX)
     async with ThreadExecutor(workers) as executor:
@@ -524,7 +534,7 @@ def _check_start(config: SheepConfig, storedir: Any, disk_config: Any, identity:
 
     if disk_config is None:
         return
-    check_config(disk_config, fixed_vnodes=config.vnodes is not None, gateway=config.gateway)
+    check_config(disk_config, fixed_vnodes=config.vnodes is not None, gateway=config.gateway, mode=config.vnode_mode)
     if config.vnodes is not None:
         latest = storedir.latest_epoch()
         record = storedir.read_epoch(latest) if latest else None

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from sheepdog.daemon.vdi_table import VdiTable
 from sheepdog.model.clusterinfo import ClusterFlag, ClusterStatus
-from sheepdog.model.node import Node
+from sheepdog.model.node import Node, VnodeMode
 from sheepdog.model.ring import Ring
 
 
@@ -22,8 +22,10 @@ def always() -> bool:
 class SheepState:
     """The shared state of one daemon. Observers are called, on the loop, right after ``install`` swapped the view."""
 
-    def __init__(self, me: Node) -> None:
+    def __init__(self, me: Node, mode: VnodeMode = VnodeMode.NODE) -> None:
+        """:param mode: what vnodes belong to, and so how long node records are; never changes."""
         self.me = me
+        self.mode = mode
         self.status = ClusterStatus.WAIT
         self.epoch = 0
         self.ctime = 0  # 0: never formatted

@@ -18,9 +18,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from sheepdog.errors import ConfigError, ProtocolError
-from sheepdog.model.clusterinfo import ClusterFlag, DiskConfig, pack_store_name, unpack_store_name
+from sheepdog.model.clusterinfo import ClusterFlag, DiskConfig, mode_of_flags, pack_store_name, unpack_store_name
 from sheepdog.model.epochs import EpochRecord, epoch_file_name, parse_epoch_file_name
-from sheepdog.model.node import NodeId
+from sheepdog.model.node import NodeId, VnodeMode
 
 logger = logging.getLogger(__name__)
 
@@ -112,9 +112,13 @@ def usable_disks(disks: Sequence[str], base: str) -> tuple[str, ...]:
 class StoreDirectory:
     """One sheep's base directory, which exists."""
 
-    def __init__(self, base: str) -> None:
-        """:param base: absolute path; see ``parse_path`` and ``create_directory``."""
+    def __init__(self, base: str, mode: VnodeMode = VnodeMode.NODE) -> None:
+        """
+        :param base: absolute path; see ``parse_path`` and ``create_directory``.
+        :param mode: what vnodes belong to: the layout of epoch files.
+        """
         self.base = base
+        self._mode = mode
         self._epochs = os.path.join(base, "epoch")
         self._config = os.path.join(base, "config")
         self._node_config = os.path.join(base, "node_config")
@@ -216,14 +220,14 @@ class StoreDirectory:
         if raw is None:
             return None
         try:
-            return EpochRecord.unpack(raw)
+            return EpochRecord.unpack(raw, self._mode)
         except ProtocolError as error:
             logger.warning("epoch file %s is ignored: %s", epoch_file_name(epoch), error)
             return None
 
     def write_epoch(self, epoch: int, record: EpochRecord) -> None:
         """The epoch file holds ``record``."""
-        self._write(os.path.join(self._epochs, epoch_file_name(epoch)), record.pack())
+        self._write(os.path.join(self._epochs, epoch_file_name(epoch)), record.pack(self._mode))
 
     def remove_epochs(self, after: int = 0) -> None:
         """No epoch file with a number above ``after`` is left."""
@@ -287,18 +291,22 @@ def _nothing() -> None:
     """Nobody wants to know."""
 
 
-def check_config(config: DiskConfig, *, fixed_vnodes: bool, gateway: bool) -> None:
-    """The store was used with the vnode strategy that is asked for now. Gateways and unformatted stores always pass.
+def check_config(config: DiskConfig, *, fixed_vnodes: bool, gateway: bool, mode: VnodeMode = VnodeMode.NODE) -> None:
+    """The store was used in the way that is asked for now: the same vnode mode, and the same strategy.
+
+    Unformatted stores always pass. The strategy means nothing to gateways, the mode does: they have epoch files too.
 
     :param fixed_vnodes: ``-V`` was given.
     :raises ConfigError: it was not.
     """
-    if gateway or not config.ctime:
+    if not config.ctime:
         return
-    if bool(config.flags & ClusterFlag.AUTO_VNODES) == fixed_vnodes:
+    used = mode_of_flags(config.flags)
+    if used is not mode:
+        how = "with" if used is VnodeMode.DISK else "without"
+        raise ConfigError(f"{DISK_MODE_DIFFERS}\nthe store was formatted {how} --disk-vnodes, start the sheep so, too")
+    if not gateway and bool(config.flags & ClusterFlag.AUTO_VNODES) == fixed_vnodes:
         raise ConfigError(VNODE_STRATEGY_DIFFERS)
-    if config.flags & ClusterFlag.DISK_MODE:
-        raise ConfigError(DISK_MODE_DIFFERS)
 
 
 def check_vnodes(records: Iterable[EpochRecord], me: NodeId, vnodes: int) -> None:

@@ -28,7 +28,7 @@ import pytest
 
 from sheepdog.contracts.cluster import PAYLOAD_BYTES_MAX, ClusterDriver, Delivered, Event, Joined, Left, Updated
 from sheepdog.errors import ClusterError, ConfigError, PayloadTooLarge, SessionLost
-from sheepdog.model.node import Node, NodeId
+from sheepdog.model.node import Node, NodeDisk, NodeId
 from sheepdog.testing.cluster_worker import KitCluster, KitMember, ProcessMember, SessionMember
 
 ClusterFactory: TypeAlias = Callable[[], AbstractAsyncContextManager[KitCluster]]
@@ -370,17 +370,21 @@ class ClusterKit:
 
     @pytest.mark.anyio
     async def test_update(self, cluster_factory: ClusterFactory) -> None:
-        """Everybody sees ``Updated`` with the new record, at its place in the order; views have it from then on."""
+        """Everybody sees ``Updated`` with the new record, at its place in the order; views have it from then on.
+
+        Nothing of a record is lost on the way, the disks that some nodes announce included.
+        """
         async with cluster_factory() as cluster:
             members = [await cluster.spawn(kit_node(i)) for i in range(2)]
-            record = replace(kit_node(0), vnodes=7, space=1 << 40)
+            record = replace(kit_node(0), vnodes=7, space=1 << 40, disks=(NodeDisk(5, 1 << 40), NodeDisk(6, 1)))
+            last = replace(kit_node(2), disks=tuple(NodeDisk(1 << 63 | number, number) for number in range(32)))
             await members[0].update(record)
-            late = await cluster.spawn(kit_node(2))
+            late = await cluster.spawn(last)
             everybody = [*members, late]
             await settle(everybody, b"mark")
 
             assert Updated(record, (record, kit_node(1))) in members[1].seen
-            assert late.seen[0] == Joined(kit_node(2), b"", (record, kit_node(1), kit_node(2)))
+            assert late.seen[0] == Joined(last, b"", (record, kit_node(1), last))
             assert_one_order(everybody, b"mark")
 
     @pytest.mark.anyio

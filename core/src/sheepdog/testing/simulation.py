@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from struct import Struct
 from typing import Any, TypeVar
@@ -37,12 +37,13 @@ from sheepdog.contracts.services import Services
 from sheepdog.contracts.store import REPLICA, ShardKey, StoreOptions
 from sheepdog.contracts.transport import Accept, Address, Channel, Listener, Transport
 from sheepdog.daemon.config import SheepConfig
+from sheepdog.daemon.disk_list import with_disks
 from sheepdog.daemon.recovery_notes import Notes, Progress
 from sheepdog.daemon.sheep import Sheep, SheepParts
 from sheepdog.errors import SheepdogError
 from sheepdog.model.clusterinfo import ClusterFlag, ClusterStatus, DiskConfig
 from sheepdog.model.epochs import EpochRecord
-from sheepdog.model.node import Node, NodeId
+from sheepdog.model.node import Node, NodeId, VnodeMode
 from sheepdog.testing.memory_cluster import MemoryCluster
 from sheepdog.testing.memory_store import MemoryMedium, MemoryStore
 from sheepdog.testing.memory_transport import MemoryNetwork, Timers
@@ -151,7 +152,8 @@ class SimulatedExecutor:
 class SimulatedStoreDirectory:
     """Config and epoch files that survive a simulated sheep."""
 
-    def __init__(self) -> None:
+    def __init__(self, mode: VnodeMode) -> None:
+        self._mode = mode
         self._config: bytes | None = None
         self._epochs: dict[int, bytes] = {}
 
@@ -165,10 +167,10 @@ class SimulatedStoreDirectory:
         return sorted(self._epochs)
 
     def read_epoch(self, epoch: int) -> EpochRecord | None:
-        return EpochRecord.unpack(self._epochs[epoch]) if epoch in self._epochs else None
+        return EpochRecord.unpack(self._epochs[epoch], self._mode) if epoch in self._epochs else None
 
     def write_epoch(self, epoch: int, record: EpochRecord) -> None:
-        self._epochs[epoch] = record.pack()
+        self._epochs[epoch] = record.pack(self._mode)
 
     def remove_epochs(self, after: int = 0) -> None:
         self._epochs = {epoch: data for epoch, data in self._epochs.items() if epoch <= after}
@@ -233,7 +235,8 @@ class SimulatedSheep:
             identity = NodeId.of(self.host, PORT, self.io_host, PORT)
         self.node = Node(identity, 128, number, NODE_SPACE)
         self.medium = MemoryMedium()
-        self.storedir = SimulatedStoreDirectory()
+        self.paths: list[str] = list(simulation.disks)
+        self.storedir = SimulatedStoreDirectory(simulation.mode)
         self.notes = SimulatedNotes()
         self.sheep: Sheep | None = None
         self._scope: trio.CancelScope | None = None
@@ -250,7 +253,7 @@ class SimulatedSheep:
 
     def open_store(self) -> MemoryStore:
         """A store on this machine's disk, for the sheep or for a checker."""
-        return MemoryStore(StoreOptions((DISK,)), self.medium)
+        return MemoryStore(StoreOptions(tuple(self.paths)), self.medium)
 
     async def start(self) -> None:
         """A sheep runs here and listens."""
@@ -264,11 +267,13 @@ class SimulatedSheep:
             transport = _TwoNetworks(transport, simulation.network.transport(self.io_host), self.io_host)
             listen = (self.address, f"{self.io_host}:{PORT}")
         services = Services(SimulatedClock(), rng, executor, transport)
+        store = self.open_store()
+        node = with_disks(self.node, store.weights()) if simulation.mode is VnodeMode.DISK else self.node
         parts = SheepParts(
             services=services,
             driver=simulation.cluster.driver(),
             storedir=self.storedir,
-            store=self.open_store(),
+            store=store,
             store_name="plain",
             store_names=("plain",),
             make_store=lambda name: self.open_store(),
@@ -276,8 +281,10 @@ class SimulatedSheep:
             listen=listen,
             notes=self.notes,
         )
-        config = SheepConfig(base="/simulated", disks=(DISK,), nosync=simulation.nosync)
-        self.sheep = Sheep(self.node, config, parts)
+        config = SheepConfig(
+            base="/simulated", disks=tuple(self.paths), nosync=simulation.nosync, vnode_mode=simulation.mode
+        )
+        self.sheep = Sheep(node, config, parts)
         self._executor = executor
         self._scope = trio.CancelScope()
         self._ended = trio.Event()
@@ -298,6 +305,21 @@ class SimulatedSheep:
                 raise AssertionError(f"node {self.number} ended by itself: {sheep._reason or sheep.exit_code}")
         finally:
             ended.set()
+
+    async def plug(self, path: str, weight_bytes: int) -> None:
+        """Another disk, which counts as one of that size."""
+        assert self.sheep is not None
+        self.simulation.trace(f"plug {self.number} {path}")
+        self.paths.append(path)
+        self.medium.weigh(path, weight_bytes)
+        await self.sheep.backend.plug(path)
+
+    async def unplug(self, path: str) -> None:
+        """One of several disks goes."""
+        assert self.sheep is not None
+        self.simulation.trace(f"unplug {self.number} {path}")
+        self.paths.remove(path)
+        await self.sheep.backend.unplug(path)
 
     async def kill(self, *, power: bool = False) -> None:
         """The sheep is gone in the middle of whatever it did. With ``power``, so is what its disk had not flushed."""
@@ -323,6 +345,8 @@ class Simulation:
     :param latency_s: of each write on the network.
     :param tear: probability that a delivery is torn.
     :param nosync: sheep run with ``-n``.
+    :param disks: of each sheep at first.
+    :param mode: what vnodes belong to.
     :param second_network: sheep have a second interface for their traffic among each other (``-i``).
     """
 
@@ -335,8 +359,12 @@ class Simulation:
         tear: float = 0.05,
         cluster_delay_s: float = 0.01,
         nosync: bool = True,
+        disks: Sequence[str] = (DISK,),
+        mode: VnodeMode = VnodeMode.NODE,
     ) -> None:
         self.seed = seed
+        self.disks = tuple(disks)
+        self.mode = mode
         self.random = random.Random(seed)
         self.network = MemoryNetwork(self.fork_random(), latency_s=latency_s, tear=tear)
         self.cluster = MemoryCluster(seed=self.random.getrandbits(32), delay_s_max=cluster_delay_s)

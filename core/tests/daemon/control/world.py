@@ -14,6 +14,7 @@ import anyio
 from sheepdog.contracts.services import Services
 from sheepdog.contracts.store import REPLICA, ShardKey, Usage
 from sheepdog.daemon.control import Control
+from sheepdog.daemon.disk_list import with_disks
 from sheepdog.daemon.interfaces import RecoveryStatus
 from sheepdog.daemon.state import SheepState
 from sheepdog.errors import ObjectNotFound, SheepdogError, TransportError
@@ -21,7 +22,7 @@ from sheepdog.model.clusterinfo import ClusterStatus
 from sheepdog.model.ids import data_oid, is_inode, ledger_oid
 from sheepdog.model.inode import HEADER_BYTES, MAP_OFFSET, REFS_OFFSET, InodeHeader
 from sheepdog.model.ledger import UNSHARED, drop
-from sheepdog.model.node import Node, NodeId
+from sheepdog.model.node import Node, NodeId, VnodeMode
 from sheepdog.testing.memory_cluster import MemoryCluster
 from sheepdog.wire.header import Request, Response
 from sheepdog.wire.opcodes import OP_TABLE, SHEEP_PROTO_VER, Op
@@ -153,6 +154,7 @@ class Disks:
         self.config = None
         self.records = {}
         self.usage_bytes = 10 * GiB
+        self.sizes = {}  # path -> size of each disk, where vnodes belong to disks
         self.wiped = 0
 
     # StoreDirectory
@@ -204,6 +206,9 @@ class Disks:
 
     def disks(self):
         return ()
+
+    def weights(self):
+        return dict(sorted(self.sizes.items()))
 
 
 class Recorder:
@@ -311,11 +316,13 @@ class Dispatch:
 class Sheep:
     """One control plane, from start to end."""
 
-    def __init__(self, world, node, *, auto):
+    def __init__(self, world, node, *, auto, mode):
         self.world = world
-        self.node = node
         self.disks = world.disks.setdefault(node.id, Disks(world.space))
-        self.state = SheepState(node)
+        if mode is VnodeMode.DISK and not node.gateway:
+            node = with_disks(node, self.disks.weights())
+        self.node = node
+        self.state = SheepState(node, mode)
         self.backend = Backend(self.disks, InlineExecutor(), node.gateway)
         self.dispatch = Dispatch(self.state)
         self.stopped = None  # (exit code, reason)
@@ -440,10 +447,15 @@ class World:
         self.live = {}
         self.cut = set()  # nodes that no peer request reaches
 
-    def start(self, number, *, gateway=False, auto=True, vnodes=128, space=10 * GiB, host="127.0.0.1"):
-        """A sheep on the disks of that number."""
+    def start(self, number, *, gateway=False, auto=True, vnodes=128, space=10 * GiB, host="127.0.0.1", sizes=None):
+        """A sheep on the disks of that number.
+
+        :param sizes: path and size of each disk; with them, even without any, vnodes belong to disks.
+        """
         node = Node(NodeId.of(host, 7000 + number), 0 if gateway else vnodes, number, 0 if gateway else space)
-        sheep = Sheep(self, node, auto=auto)
+        if sizes:
+            self.disks.setdefault(node.id, Disks(self.space)).sizes = sizes
+        sheep = Sheep(self, node, auto=auto, mode=VnodeMode.NODE if sizes is None else VnodeMode.DISK)
         self.live[node.id] = sheep
         self.tasks.start_soon(sheep.run)
         return sheep
