@@ -178,6 +178,7 @@ class Answers:
 
     def __init__(self, answer: Callable[[int, bytes, bytes], tuple[int, bytes, bytes]]) -> None:
         self._answer = answer
+        self.epoch = 1
         self.opcodes: list[int] = []
 
     def connect(self, address: str) -> socket.socket:
@@ -195,7 +196,7 @@ class Answers:
                     result, body, variant = self._answer(header[1], header, data)
                 except Died:
                     return
-                head = header[:4] + (1).to_bytes(4, "little") + header[8:12] + len(body).to_bytes(4, "little")
+                head = header[:4] + self.epoch.to_bytes(4, "little") + header[8:12] + len(body).to_bytes(4, "little")
                 try:
                     stream.sendall(head + result.to_bytes(4, "little") + variant.ljust(28, b"\0") + body)
                 except OSError:

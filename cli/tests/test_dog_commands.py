@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import io
+import json
 import struct
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 from clusters import NODES, Answer, Cluster, MiB
 from replay import Answers, Died, run_dog
 
-from sheepdog.model.clusterinfo import ClusterInfo
+from sheepdog.model.clusterinfo import ClusterFlag, ClusterInfo
+from sheepdog.model.epochs import EpochLogEntry, pack_epoch_log
 from sheepdog.model.inode import InodeHeader
+from sheepdog.model.node import NodeDisk, VnodeMode, pack_nodes
 from sheepdog.model.vid_bitmap import VidBitmap
 from sheepdog_cli.output import Progress
 
@@ -156,6 +160,46 @@ def test_format_asks_about_copies_and_content(cluster: Cluster) -> None:
     declined = cluster.dog("cluster", "format", stdin=b"no\n")
     assert b"Caution! The cluster is not empty." in declined.stdout and declined.code == 0
     assert [opcode for opcode, _, _ in cluster.seen].count(0x84) == 1
+
+
+def test_vnodes_of_disks() -> None:
+    """Against sheep whose vnodes belong to disks dog formats with that flag, and tells the disks of each node."""
+    disks = (NodeDisk(1, 1 << 40), NodeDisk(2, 1 << 40))
+    nodes = tuple(replace(node, disks=disks[: 2 - at]) for at, node in enumerate(NODES))
+    cluster = Cluster()
+    body = pack_nodes(nodes, VnodeMode.DISK)
+    cluster.table[0x82] = lambda header, data: (0, body, len(nodes).to_bytes(4, "little"))
+    info = ClusterInfo(flags=ClusterFlag.AUTO_VNODES | ClusterFlag.DISK_MODE, nodes=nodes)
+    cluster.table[0xBE] = lambda header, data: (0, info.pack(), b"")  # type: ignore[arg-type]
+    cluster.table[0x15] = lambda header, data: (0, VidBitmap().pack(), b"")
+    cluster.table[0x84] = lambda header, data: (0, b"", b"")
+    assert cluster.dog("cluster", "format", "-c", "1").code == 0
+    request = next(header for opcode, header, _ in cluster.seen if opcode == 0x84)
+    assert int.from_bytes(request[34:36], "little") == 0x04 | 0x02
+
+    entries = [
+        EpochLogEntry(200, 2, nodes, ctime=5 << 32, copies=1, flags=info.flags, store="plain"),
+        EpochLogEntry(100, 1, nodes[1:]),
+    ]
+
+    def log(header: bytes, data: bytes) -> tuple[int, bytes, bytes]:
+        slots, room = int.from_bytes(header[40:44], "little"), int.from_bytes(header[12:16], "little")
+        return 0, pack_epoch_log(entries, slots or 3, VnodeMode.DISK)[:room], b""
+
+    cluster.table[0x87] = log
+    cluster.sheep.epoch = 2
+    assert cluster.dog("cluster", "info", "-r").stdout.decode().splitlines()[2:] == [
+        "200 2 [10.0.0.4:7000:128(2), 10.0.0.5:7000:131(1), [2001:db8::9]:7000:0(0)]",
+        "100 1 [10.0.0.5:7000:131(1), [2001:db8::9]:7000:0(0)]",
+    ]
+    assert cluster.dog("cluster", "info", "-v").stdout.decode().splitlines()[3] == "Cluster vnode mode: disk"
+    assert cluster.dog("cluster", "info", "-r", "-d").stdout.decode().splitlines()[2:] == [
+        "200 2 [+10.0.0.4:7000(2)]",
+        "100 1 [formated]",
+    ]
+    told = json.loads(cluster.dog("cluster", "info", "--json").stdout)
+    assert (told["vnode_mode"], [node["disks"] for node in told["epochs"][0]["nodes"]]) == ("disk", [2, 1, 0])
+    assert [node["disks"] for node in json.loads(cluster.dog("node", "list", "--json").stdout)] == [2, 1, 0]
 
 
 def test_format_with_unknown_store(cluster: Cluster) -> None:

@@ -6,6 +6,7 @@ import pytest
 from replay import standard_streams
 
 from sheepdog.daemon.config import IoAddress, LogConfig, SheepConfig
+from sheepdog.model.node import VnodeMode
 from sheepdog_cli import sheep
 from sheepdog_cli.sheep_options import OPTIONS, help_text
 
@@ -14,6 +15,7 @@ SUFFIXES = (
     "You may use B, K, M, G, T or P suffixes for bytes, kilobytes, megabytes, gigabytes, terabytes and petabytes.\n"
 )
 U32 = 4294967295
+BOTH_VNODES = "Options '--disk-vnodes' and '-V' can not be both specified: the sizes of disks decide\n"
 
 
 def run(*words: str) -> tuple[int, str, str]:
@@ -82,6 +84,15 @@ def test_scrub(text: str, interval: int, rate: int) -> None:
     assert (config.interval_s, config.rate_bytes) == (interval, rate)
 
 
+def test_disk_vnodes() -> None:
+    """``--disk-vnodes`` is for storing sheep and gateways, and among the features; -d... still means --directio."""
+    assert parse("/x").vnode_mode is VnodeMode.NODE
+    assert parse("--disk-vnodes", "/x").vnode_mode is VnodeMode.DISK
+    assert parse("--disk-vnodes", "-g", "/x").gateway
+    assert parse("--di", "/x").directio
+    assert "diskvnodes" in run("-v")[1].splitlines()[-1].split()
+
+
 def test_first_wins() -> None:
     """Options are handled from left to right: help before a bad one wins, and the other way round."""
     assert run("-h", "-Q")[0] == 0
@@ -100,6 +111,9 @@ def test_first_wins() -> None:
         (["--store"], "sheep: option '--store' requires an argument\n" + TRY),
         (["-g", "-V", "3"], "Options '-g' and '-V' can not be both specified\n"),
         (["-V", "3", "-g"], "Options '-g' and '-V' can not be both specified\n"),
+        (["-V", "3", "--disk-vnodes"], BOTH_VNODES),
+        (["--disk-vnodes", "-V", "3"], BOTH_VNODES),
+        (["--disk-vnodes=yes"], "sheep: option '--disk-vnodes' doesn't allow an argument\n" + TRY),
         (["-b", "localhost"], "Bad address 'localhost'\n"),
         (["-b", ""], "Bad address ''\n"),
         (["-y", ""], "Invalid address: ''\n"),

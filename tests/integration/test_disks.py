@@ -24,7 +24,7 @@ Start = Callable[..., SheepCluster]
 @pytest.fixture(scope="module")
 def cluster(start_cluster: Start) -> SheepCluster:
     """Three sheep, 2 copies or strips 2:1."""
-    cluster = start_cluster(3, copies=2, disks=1)
+    cluster = start_cluster(3, copies=2, disks=())
     cluster.format()
     return cluster
 
@@ -203,7 +203,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_full_disk(fresh_cluster: Start, small_disk: Path) -> None:
     """A full disk refuses new objects with a clear message; the node stays, data stays readable, and after space is
     freed writes succeed (MD-13)."""
-    cluster = fresh_cluster(2, base=small_disk / "base", disks=1)
+    cluster = fresh_cluster(2, base=small_disk / "base", disks=())
     cluster.format()
     contents = {"a": fill(cluster, "a", 13, size=12 * MiB)}
     cluster.dog("vdi", "create", "b", "64M")
@@ -233,7 +233,7 @@ def weigh(directory: Path, size: int) -> None:
 def test_no_recovery_that_would_overfill(fresh_cluster: Start) -> None:
     """Formatted with -F, the cluster does not rebuild what the nodes that are left have no space for; everything can be
     read and written, and when a node joins again all copies are made (MD-14)."""
-    cluster = fresh_cluster(3, disks=1)
+    cluster = fresh_cluster(3, disks=())
     for index in range(3):
         cluster.kill(index)
         shutil.rmtree(cluster.sheep[index].directory)
@@ -272,7 +272,7 @@ def copies_by_object(cluster: SheepCluster, members: tuple[int, ...]) -> dict[in
 def test_bigger_disk_lost_with_strips(fresh_cluster: Start) -> None:
     """A node of an erasure-coded cluster that loses the bigger of its two disks costs nobody a read, before and after
     its strips are rebuilt on the smaller one (MD-8)."""
-    cluster = fresh_cluster(4, redundancy="2:1", disks=1)
+    cluster = fresh_cluster(4, redundancy="2:1", disks=())
     cluster.dog("cluster", "format", "-c", "2:1")
     big = cluster.base / "disk1big"
     weigh(big, 1 << 40)

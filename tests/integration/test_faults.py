@@ -160,7 +160,7 @@ def on_small_disk(
         loop_disk.LoopDisk(base / "disk3x", DISK_BYTES) as more,
     ):
         # the same share for everybody, however small its disk
-        cluster = start_cluster(4, base=base, driver=spec_of(DRIVER, base), disks=1, options=("-V", "64"))
+        cluster = start_cluster(4, base=base, driver=spec_of(DRIVER, base), disks=(), options=("-V", "64"))
         prepare(cluster, "-V")
         yield cluster, disk, more
         for sheep in cluster.live:

@@ -23,7 +23,7 @@ from sheepdog_cli.table import Command, Nested
 if TYPE_CHECKING:
     import socket
 
-    from sheepdog.model.node import Node
+    from sheepdog.model.node import Node, VnodeMode
 
 EXIT_SUCCESS = 0
 EXIT_FAILURE = 1
@@ -134,6 +134,7 @@ class Session:
         self.port = port
         self.address = format_address(host, port)
         self.nodes: tuple[Node, ...] = ()
+        self.mode: VnodeMode  # what the vnodes of the cluster belong to; known with its nodes
         self.epoch = 0
         self._connect = connect
         self._connections: dict[str, Connection] = {}
@@ -186,14 +187,14 @@ class Session:
         return response
 
     def load_nodes(self) -> None:
-        """``nodes`` and ``epoch`` are those of the contacted sheep.
+        """``nodes``, ``mode`` and ``epoch`` are those of the contacted sheep.
 
         :raises Quit: they cannot be had; said on stderr.
         """
         from sheepdog.client import admin
 
         try:
-            self.nodes = admin.node_list(self.call)
+            self.nodes, self.mode = admin.members(self.call)
             self.epoch = admin.current_epoch(self.call)
         except RequestError as error:
             complain(f"Failed to update node list: {describe(error.result)}")

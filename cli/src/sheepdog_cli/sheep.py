@@ -24,6 +24,7 @@ from sheepdog.daemon.config import (
     SheepConfig,
     Throttle,
 )
+from sheepdog.model.node import VnodeMode
 from sheepdog_cli.getopt import POSITIONAL, GetoptError, getopt
 from sheepdog_cli.sheep_options import (
     ALL_OPTIONS,
@@ -127,6 +128,7 @@ class _Options:
             io_address=self.io_address,
             zone=self.zone,
             vnodes=self.vnodes,
+            vnode_mode=VnodeMode.DISK if "disk-vnodes" in self.flags else VnodeMode.NODE,
             gateway="gateway" in self.flags,
             nosync="nosync" in self.flags,
             directio="directio" in self.flags,
@@ -152,13 +154,17 @@ class _Options:
 
     def on_gateway(self, _: str) -> None:
         self.flags.add("gateway")
-        self._check_gateway()
+        self._check_vnodes()
 
     def on_nosync(self, _: str) -> None:
         self.flags.add("nosync")
 
     def on_upgrade(self, _: str) -> None:
         self.flags.add("upgrade")
+
+    def on_disk_vnodes(self, _: str) -> None:
+        self.flags.add("disk-vnodes")
+        self._check_vnodes()
 
     def on_wildcard_recovery(self, _: str) -> None:
         self.flags.add("wildcard")
@@ -183,7 +189,7 @@ class _Options:
     def on_vnodes(self, text: str) -> None:
         message = f"Invalid number of vnodes '{text}': must be an integer between 1 and 65535"
         self.vnodes = self._number(text, 1, 65535, message)
-        self._check_gateway()
+        self._check_vnodes()
 
     def on_max_dynamic_threads(self, text: str) -> None:
         message = f"Invalid number of threads '{text}': must be an integer between 1 and {U32_MAX}"
@@ -198,9 +204,13 @@ class _Options:
     def on_pidfile(self, text: str) -> None:
         self.pid_file = os.path.abspath(text)
 
-    def _check_gateway(self) -> None:
-        if "gateway" in self.flags and self.vnodes is not None:
+    def _check_vnodes(self) -> None:
+        if self.vnodes is None:
+            return
+        if "gateway" in self.flags:
             _refuse("Options '-g' and '-V' can not be both specified")
+        if "disk-vnodes" in self.flags:
+            _refuse("Options '--disk-vnodes' and '-V' can not be both specified: the sizes of disks decide")
 
     @staticmethod
     def _number(text: str, low: int, high: int, message: str) -> int:

@@ -41,6 +41,7 @@ EXTENSIONS = (
     Option("", "nbd", "ADDRESS", "serve volumes by NBD at [HOST:]PORT or unix:PATH; may be repeated"),
     Option("", "frontend", "NAME[:OPTIONS]", "serve volumes by another front end plugin; may be repeated"),
     Option("", "recovery-delay", "SECONDS", "wait before moving data when a node left, it may be back soon (0)"),
+    Option("", "disk-vnodes", "", "vnodes belong to disks, in proportion to their sizes; for every sheep of a cluster"),
     Option("", "scrub", "LIST", "how often and how fast to look for corrupt objects"),
 )
 
@@ -144,5 +145,5 @@ def version_text(*, drivers: bool) -> str:
     if drivers:
         lines.append(drivers_line())
     present = [name for name in ("http", "nfs") if name in installed("frontend")]
-    lines.append("\tMiscellaneous: " + " ".join([*present, "trace"]))
+    lines.append("\tMiscellaneous: " + " ".join([*present, "diskvnodes", "trace"]))
     return "\n".join(lines) + "\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,8 +11,9 @@ import pytest
 from sheepdog.client import admin
 from sheepdog.client.connection import Connection
 from sheepdog.errors import ProtocolError, RequestError
+from sheepdog.model.clusterinfo import ClusterFlag, ClusterInfo
 from sheepdog.model.epochs import EpochLogEntry, pack_epoch_log
-from sheepdog.model.node import Node, NodeId, pack_nodes
+from sheepdog.model.node import Node, NodeDisk, NodeId, VnodeMode, pack_nodes
 from sheepdog.model.vid_bitmap import VidBitmap
 
 if TYPE_CHECKING:
@@ -28,6 +30,28 @@ def test_node_list(sheep: MemorySheep, connection: Connection) -> None:
     sheep.answers[0x82] = lambda header, body: (0x16, b"", b"")
     with pytest.raises(RequestError, match=r"^Waiting for cluster to be formatted$"):
         admin.node_list(connection.request)
+
+
+def test_node_list_with_disks(sheep: MemorySheep, connection: Connection) -> None:
+    """Records tell by their length that vnodes belong to disks, and then the log of epochs is read accordingly."""
+    nodes = tuple(replace(node, disks=(NodeDisk(9, 1 << 40),)) for node in NODES)
+    body = pack_nodes(nodes, VnodeMode.DISK)
+    sheep.answers[0x82] = lambda header, _: (0, body, len(nodes).to_bytes(4, "little"))
+    assert admin.members(connection.request) == (nodes, VnodeMode.DISK)
+    assert admin.node_list(connection.request) == nodes
+    # 5 records of 592 bytes are as long as 37 of 80: their number decides.
+    many = tuple(Node(NodeId.of("127.0.0.1", 1 + at)) for at in range(37))
+    sheep.answers[0x82] = lambda header, _: (0, pack_nodes(many), len(many).to_bytes(4, "little"))
+    assert admin.members(connection.request) == (many, VnodeMode.NODE)
+
+    entries = [EpochLogEntry(time=5, epoch=2, nodes=nodes), EpochLogEntry(time=4, epoch=1, nodes=nodes[:2])]
+    sheep.answers[0x87] = lambda header, _: (0, pack_epoch_log(entries, 3, VnodeMode.DISK), b"")
+    stat = admin.epoch_log(connection.request, epoch=2, node_slots=3, mode=VnodeMode.DISK)
+    assert stat.entries == tuple(entries)
+
+    info = ClusterInfo(flags=ClusterFlag.DISK_MODE, nodes=nodes)
+    sheep.answers[0xBE] = lambda header, _: (0, info.pack(), b"")
+    assert admin.cluster_info(connection.request) == info
 
 
 def test_epoch_log_asks_again_with_more_room(sheep: MemorySheep, connection: Connection) -> None:

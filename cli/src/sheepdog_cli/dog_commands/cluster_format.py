@@ -6,6 +6,7 @@ import sys
 
 from sheepdog.client import admin
 from sheepdog.errors import ProtocolError, RequestError, TransportError
+from sheepdog.model.node import VnodeMode
 from sheepdog_cli.output import QUESTION, confirm, confirm_banner
 from sheepdog_cli.session import EXIT_SYSTEM, RESULT_SUCCESS, Quit, Session, complain, describe, fail
 
@@ -61,6 +62,8 @@ def format_cluster(
     """
     if not check_vnode_strategy(session, fixed):
         flags |= admin.FLAG_AUTO_VNODES
+    if session.mode is VnodeMode.DISK:
+        flags |= admin.FLAG_DISK_MODE
     zones = len({node.zone for node in session.nodes if node.vnodes})
     if copies > zones:
         confirm(f"Number of copies ({copies}) is larger than number of zones ({zones}).\n{QUESTION}")

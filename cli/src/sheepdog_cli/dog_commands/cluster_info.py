@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from sheepdog.client import admin
 from sheepdog.errors import RequestError, TransportError
 from sheepdog.model.epochs import EpochLogEntry
+from sheepdog.model.node import Node, VnodeMode
 from sheepdog_cli.output import print_json
 from sheepdog_cli.session import EXIT_SYSTEM, RESULT_SUCCESS, Quit, Session, describe
 from sheepdog_cli.values import format_redundancy
@@ -16,7 +17,8 @@ from sheepdog_cli.values import format_redundancy
 
 def run(session: Session) -> None:
     try:
-        stat = admin.epoch_log(session.call, epoch=session.epoch, node_slots=len(session.nodes))
+        slots = len(session.nodes)
+        stat = admin.epoch_log(session.call, epoch=session.epoch, node_slots=slots, mode=session.mode)
     except (TransportError, RequestError):
         raise Quit(EXIT_SYSTEM) from None
     newest = stat.entries[0] if stat.entries else None
@@ -26,7 +28,7 @@ def run(session: Session) -> None:
     else:
         status = describe(stat.result)
     if session.options.json:
-        _print_json(stat, status)
+        _print_json(stat, status, session.mode is VnodeMode.DISK)
         return
     raw = session.options.raw
     out = sys.stdout.write
@@ -41,12 +43,13 @@ def run(session: Session) -> None:
     if not raw:
         out(f"Cluster created at {time.asctime(time.localtime(newest.ctime >> 32))}\n\n")
         out("Epoch Time           Version [Host:Port:V-Nodes,,,]\n")
+    by_disk = session.mode is VnodeMode.DISK
     for at, entry in enumerate(stat.entries):
         if "diff" in session.options:
             older = stat.entries[at + 1] if at + 1 < len(stat.entries) else None
-            content = _difference(entry, older)
+            content = _difference(entry, older, by_disk)
         else:
-            content = ", ".join(f"{node.id.text}:{node.vnodes}" for node in entry.nodes)
+            content = ", ".join(f"{node.id.text}:{node.vnodes}{_disks(node, by_disk)}" for node in entry.nodes)
         if raw:
             out(f"{entry.time} {entry.epoch} [{content}]\n")
         else:
@@ -68,17 +71,22 @@ def _verbose(result: int, newest: EpochLogEntry | None, status: str, raw: bool) 
     out(label("Cluster vnode mode: ") + mode + "\n")
 
 
-def _difference(entry: EpochLogEntry, older: EpochLogEntry | None) -> str:
+def _disks(node: Node, by_disk: bool) -> str:
+    """The number of disks, where vnodes belong to them."""
+    return f"({len(node.disks)})" if by_disk else ""
+
+
+def _difference(entry: EpochLogEntry, older: EpochLogEntry | None, by_disk: bool) -> str:
     if older is None:
         return "formated" if entry.epoch == 1 else ""
     before = {node.id for node in older.nodes}
     after = {node.id for node in entry.nodes}
-    changes = [f"+{node.id.text}" for node in entry.nodes if node.id not in before]
-    changes += [f"-{node.id.text}" for node in older.nodes if node.id not in after]
+    changes = [f"+{node.id.text}{_disks(node, by_disk)}" for node in entry.nodes if node.id not in before]
+    changes += [f"-{node.id.text}{_disks(node, by_disk)}" for node in older.nodes if node.id not in after]
     return ", ".join(changes)
 
 
-def _print_json(stat: admin.ClusterStat, status: str) -> None:
+def _print_json(stat: admin.ClusterStat, status: str, by_disk: bool) -> None:
     entries: Sequence[EpochLogEntry] = stat.entries
     document: dict[str, object] = {"status": status, "result": stat.result, "epoch": stat.epoch}
     if entries:
@@ -99,6 +107,7 @@ def _print_json(stat: admin.ClusterStat, status: str) -> None:
             "time": entry.time,
             "nodes": [
                 {"host": node.id.host, "port": node.id.port, "vnodes": node.vnodes, "zone": node.zone}
+                | ({"disks": len(node.disks)} if by_disk else {})
                 for node in entry.nodes
             ],
         }

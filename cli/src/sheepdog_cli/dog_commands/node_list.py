@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from sheepdog.model.node import VnodeMode
 from sheepdog_cli.output import print_json
 from sheepdog_cli.session import Session
 
@@ -20,6 +21,7 @@ def run(session: Session) -> None:
                     "zone": node.zone,
                     "space": node.space,
                 }
+                | ({"disks": len(node.disks)} if session.mode is VnodeMode.DISK else {})
                 for index, node in enumerate(session.nodes)
             ]
         )

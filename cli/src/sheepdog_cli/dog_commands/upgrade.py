@@ -134,6 +134,7 @@ def _config(session: Session) -> None:
 
 def _location(session: Session) -> None:
     from sheepdog.model.epochs import EpochRecord
+    from sheepdog.model.node import mode_of_records
     from sheepdog.model.ring import Ring
     from sheepdog_cli.dog_commands.vdi_lock import node_text
 
@@ -144,7 +145,9 @@ def _location(session: Session) -> None:
     path = session.arguments[0]
     try:
         with open(path, "rb") as source:
-            holders = Ring(EpochRecord.unpack(source.read()).nodes).holders(oid, 1)
+            raw = source.read()
+        record = EpochRecord.unpack(raw, mode_of_records(raw[:-TIME_BYTES]))
+        holders = Ring(record.nodes).holders(oid, 1)
     except (OSError, SheepdogError):
         holders = ()
     if not holders:

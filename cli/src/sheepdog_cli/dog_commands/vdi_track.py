@@ -35,7 +35,7 @@ def run(session: Session) -> None:
         oid = inode.oid
         heading = f"Tracking the inode object 0x{vid:x} with {count} nodes"
     try:
-        stat = admin.epoch_log(session.call, epoch=session.epoch, node_slots=count)
+        stat = admin.epoch_log(session.call, epoch=session.epoch, node_slots=count, mode=session.mode)
     except (RequestError, ProtocolError) as error:
         complain(str(error))
         raise Quit(EXIT_SYSTEM) from None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from sheepdog.client.connection import Buffer, Response
 from sheepdog.errors import ProtocolError, RequestError
 from sheepdog.model.limits import DISKS_MAX, NODES_MAX, VDI_BITMAP_BYTES
-from sheepdog.model.node import NODE_BYTES, Node, unpack_nodes
+from sheepdog.model.node import NODE_BYTES, Node, VnodeMode, unpack_nodes
 
 if TYPE_CHECKING:
     from sheepdog.model.clusterinfo import ClusterInfo
@@ -33,11 +33,13 @@ OP_READ_DEL_VDIS = 0xC9
 OP_GET_RECOVERY = 0xCA
 OP_SET_RECOVERY = 0xCB
 
+NODES_NR_OFFSET = 20  # in the header of a GET_NODE_LIST answer
+
 RESULT_SUCCESS = 0x00
 RESULT_BUFFER_SMALL = 0x88
 
 EPOCH_LOG_HEAD_BYTES = 48
-CLUSTER_INFO_BYTES = EPOCH_LOG_HEAD_BYTES + NODES_MAX * NODE_BYTES
+CLUSTER_INFO_BYTES = EPOCH_LOG_HEAD_BYTES + NODES_MAX * NODE_BYTES  # where vnodes belong to disks it is shorter
 EPOCH_LOG_BYTES_MAX = 64 << 20
 VDI_STATE_BYTES = 1428
 VDI_STATES_AT_FIRST = 512
@@ -100,13 +102,28 @@ def expect(response: Response) -> Response:
     return response
 
 
-def node_list(call: Call) -> tuple[Node, ...]:
-    """The members, ordered by address and port.
+class Members(NamedTuple):
+    """``nodes`` are ordered by address and port; ``mode`` says what vnodes belong to, and so how long records are."""
+
+    nodes: tuple[Node, ...]
+    mode: VnodeMode
+
+
+def members(call: Call) -> Members:
+    """The members. Which kind of cluster it is shows in the length of their records.
 
     :raises RequestError: refused.
+    :raises ProtocolError: the answer is malformed.
     """
     response = expect(call(OP_GET_NODE_LIST, data_length=NODES_MAX * NODE_BYTES))
-    return unpack_nodes(response.body)
+    with_disks = response.u32(NODES_NR_OFFSET) * VnodeMode.DISK.record_bytes == len(response.body) > 0
+    mode = VnodeMode.DISK if with_disks else VnodeMode.NODE
+    return Members(unpack_nodes(response.body, mode), mode)
+
+
+def node_list(call: Call) -> tuple[Node, ...]:
+    """As ``members``, the nodes alone."""
+    return members(call).nodes
 
 
 def current_epoch(call: Call) -> int:
@@ -122,22 +139,23 @@ class ClusterStat(NamedTuple):
     entries: tuple[EpochLogEntry, ...]
 
 
-def epoch_log(call: Call, *, epoch: int, node_slots: int) -> ClusterStat:
+def epoch_log(call: Call, *, epoch: int, node_slots: int, mode: VnodeMode = VnodeMode.NODE) -> ClusterStat:
     """The epochs of the cluster with their members.
 
     :param epoch: the newest, as ``current_epoch`` gave it; it sizes the answer.
     :param node_slots: room for nodes in each entry; doubled as often as an epoch had more.
+    :param mode: as ``members`` found it.
     :raises ProtocolError: the answer is malformed.
     """
-    from sheepdog.model.epochs import unpack_epoch_log
+    from sheepdog.model.epochs import epoch_entry_bytes, unpack_epoch_log
 
     slots = max(node_slots, 1)
     while True:
-        stride = EPOCH_LOG_HEAD_BYTES + slots * NODE_BYTES
+        stride = epoch_entry_bytes(slots, mode)
         room = min(epoch, EPOCH_LOG_BYTES_MAX // stride) * stride
         response = call(OP_STAT_CLUSTER, data_length=room, variant=bytes(24) + slots.to_bytes(4, "little"))
         if response.result != RESULT_BUFFER_SMALL:
-            return ClusterStat(response.result, response.epoch, unpack_epoch_log(response.body, slots))
+            return ClusterStat(response.result, response.epoch, unpack_epoch_log(response.body, slots, mode))
         if slots >= NODES_MAX:
             raise refused(response)
         slots *= 2

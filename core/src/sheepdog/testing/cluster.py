@@ -10,7 +10,7 @@ nobody else is given the number, and a restarted sheep finds its port free.
 Cluster driver, store and redundancy are taken from SHEEPDOG_TEST_CLUSTER (local, raft, zk, etcd), SHEEPDOG_TEST_STORE
 (plain, tree) and SHEEPDOG_TEST_REDUNDANCY (copies, ec) unless the caller names them; the test matrix sets these. With
 SHEEPDOG_TEST_JOURNAL (a size, such as 64M) each sheep has a write journal, unless its options say something about one;
-with SHEEPDOG_TEST_DISKS (a number) each has so many directories for its objects, unless the caller says how many.
+with SHEEPDOG_TEST_DISKS (a number) each has so many directories for its objects, unless the caller names them.
 """
 
 from __future__ import annotations
@@ -252,6 +252,7 @@ class SheepCluster:
     :param nbd: each sheep serves NBD too.
     :param sync: writes are synchronous; tests rarely need that.
     :param options: further words of each sheep's command line.
+    :param disks: further directories of each sheep's PATH; as many as SHEEPDOG_TEST_DISKS says by default.
     :param ports: of each sheep, where stored data was made with them; free ones by default.
     :param base: directory for everything; a temporary one that is removed at the end by default.
     :param network: each sheep runs in a network namespace of its own, so that they can be cut off.
@@ -268,10 +269,10 @@ class SheepCluster:
         store: str | None = None,
         redundancy: str | None = None,
         copies: int = 3,
-        disks: int | None = None,
         nbd: bool = False,
         sync: bool = False,
         options: Sequence[str] = (),
+        disks: Sequence[Sequence[Path]] | None = None,
         ports: Sequence[int] = (),
         base: Path | None = None,
         network: Network | None = None,
@@ -290,8 +291,6 @@ class SheepCluster:
         journal = os.environ.get("SHEEPDOG_TEST_JOURNAL")
         if journal and "-j" not in self.options:
             self.options += ("-j", f"size={journal}")
-        if disks is None:
-            disks = int(os.environ.get("SHEEPDOG_TEST_DISKS", "1"))
         self.network = network
         self.start_s = start_s
         self.sync = sync
@@ -309,12 +308,14 @@ class SheepCluster:
                 port = ports[index] if ports else 0
                 host, command = (HOST, ()) if network is None else (network.host(index), network.command(index))
                 gateway = index >= count - gateways
-                one = Sheep(
-                    index, directory, zone=zone, nbd=nbd, gateway=gateway, port=port, host=host, command=command
+                self.sheep.append(
+                    Sheep(index, directory, zone=zone, nbd=nbd, gateway=gateway, port=port, host=host, command=command)
                 )
-                if disks > 1 and not gateway:
-                    one.disks = tuple(directory / f"disk{number}" for number in range(disks))
-                self.sheep.append(one)
+            if disks is None:
+                names = [f"disk{number}" for number in range(int(os.environ.get("SHEEPDOG_TEST_DISKS", "0")))]
+                disks = [[sheep.directory / name for name in names] for sheep in self.sheep[: count - gateways]]
+            for sheep, places in zip(self.sheep, disks, strict=False):
+                sheep.disks = tuple(places)
             self._specs = self._make_specs()
         except BaseException:
             self.close()
