@@ -28,6 +28,40 @@ def node(port: int, *, address: str = "127.0.0.1", vnodes: int = 128, zone: int 
     return bytes(record)
 
 
+def node_with_disks(record: bytes, disks: list[tuple[int, int]]) -> bytes:
+    """592 bytes, where vnodes belong to disks: the record, then (id, size) of each of at most 32 disks, then zeros."""
+    return (record + b"".join(struct.pack("<QQ", *disk) for disk in disks)).ljust(592, b"\0")
+
+
+def fnv(data: bytes, value: int = 0xCBF29CE484222325) -> int:
+    """FNV-1a in 64 bits."""
+    for byte in data:
+        value = (value ^ byte) * 0x100000001B3 % (1 << 64)
+    return value
+
+
+def next_position(value: int) -> int:
+    """The fnv of the eight bytes of a hash, begun with itself; also what makes a position of a first hash."""
+    return fnv(value.to_bytes(8, "little"), value)
+
+
+def disk_id(path: str) -> int:
+    """What a disk is called in node records."""
+    return next_position(fnv(path.encode()))
+
+
+def disk_positions(port: int, path: str, size: int) -> list[int]:
+    """The vnodes of a disk of a node at 127.0.0.1: from the fnv of its id, begun with the hash of the node, one for
+    each 4 GiB."""
+    at = next_position(fnv(bytes(12) + bytes([127, 0, 0, 1]) + port.to_bytes(2, "little")))
+    at = fnv(disk_id(path).to_bytes(8, "little"), at)
+    found = []
+    for _ in range(-(-size // (4 << 30))):
+        at = next_position(at)
+        found.append(at)
+    return found
+
+
 def epoch_file(nodes: list[bytes], time: int) -> bytes:
     """The node records, then the time."""
     return b"".join(nodes) + time.to_bytes(8, "little", signed=True)

@@ -13,7 +13,8 @@ from sheepdog.daemon.storedir import StoreDirectory
 from sheepdog.model.clusterinfo import ClusterFlag, DiskConfig
 from sheepdog.model.epochs import EpochRecord
 from sheepdog.model.inode import MAP_OFFSET, REFS_OFFSET, InodeHeader
-from sheepdog.model.node import Node, NodeId
+from sheepdog.model.node import Node, NodeId, VnodeMode
+from sheepdog.model.ring import Ring, node_disk
 from sheepdog.testing.store_tools import get, get_stale
 
 from . import stores
@@ -113,6 +114,32 @@ def test_our_config_and_epochs_have_the_same_bytes(tmp_path):
         "config": stores.config_file(ctime=9, copies=2, space=5),
         "epoch/00000002": stores.epoch_file([stores.node(7000, vnodes=100, zone=4, space=6)], 99),
     }
+
+
+def test_our_epochs_with_disks_have_the_same_bytes(tmp_path):
+    """Also where vnodes belong to disks; and the other way round."""
+    directory = StoreDirectory(str(tmp_path), VnodeMode.DISK)
+    directory.prepare()
+    disks = (node_disk("/d1", 9 << 30), node_disk("/d2", 5))
+    record = EpochRecord(
+        (Node(NodeId.of("127.0.0.1", 7000), 4, 4, 6, disks), Node(NodeId.of("127.0.0.1", 7001), 0)), 99
+    )
+    directory.write_epoch(2, record)
+    raw = stores.epoch_file(
+        [
+            stores.node_with_disks(
+                stores.node(7000, vnodes=4, zone=4, space=6),
+                [(stores.disk_id("/d1"), 9 << 30), (stores.disk_id("/d2"), 5)],
+            ),
+            stores.node_with_disks(stores.node(7001, vnodes=0), []),
+        ],
+        99,
+    )
+
+    assert listing(tmp_path) == {"epoch/00000002": raw}
+    assert directory.read_epoch(2) == record
+    positions = [*stores.disk_positions(7000, "/d1", 9 << 30), *stores.disk_positions(7000, "/d2", 5)]
+    assert list(Ring(record.nodes).positions) == sorted(positions)
 
 
 def test_objects(tmp_path, tree, make):

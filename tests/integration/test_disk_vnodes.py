@@ -7,12 +7,14 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
+from builders import stores
 from recovery_scenes import MiB, all_agree, exited, fill, in_place, nodes, same_everywhere, shards
+from scenes import pattern, wait_serving
 
-from sheepdog.model.hashing import fnv1a, hash_chain, hash_oid, sd_hash
-from sheepdog.model.ids import is_data
+from sheepdog.model.ids import data_oid, inode_oid, is_data
 from sheepdog.model.ring import Ring
 from sheepdog.testing.cluster import SheepCluster, wait_until
 from sheepdog.wire.opcodes import Op
@@ -20,6 +22,7 @@ from sheepdog.wire.opcodes import Op
 pytestmark = [pytest.mark.processes, pytest.mark.matrix, pytest.mark.timeout(120)]
 
 Start = Callable[..., SheepCluster]
+T = TypeVar("T")
 
 GiB = 1 << 30
 SIZES = ((512, 256), (256, 384), (1000, 2))  # GiB; of the disks of each sheep
@@ -63,24 +66,25 @@ def changed(cluster: SheepCluster, epoch: int, wanted: tuple[int, ...]) -> None:
 def on_own_disks(cluster: SheepCluster) -> None:
     """Every data object lies on the disk of its sheep that owns the next position after it, once it was looked at.
 
-    Positions as the specification has them: from the fnv of the disk's id, begun with the hash of the node, a step of
-    the hash for each 4 GiB.
+    Positions are those of the format's description, not ours.
     """
     for sheep in cluster.live:
         with cluster.connect(sheep.index) as connection:
             for oid in {oid for oid, _ in shards(cluster, sheep.index)}:
                 assert connection.request(Op.EXIST, oid=oid).result == 0
-        start = sd_hash(bytes(12) + bytes([127, 0, 0, 1]) + sheep.port.to_bytes(2, "little"))
         owners: dict[int, Path] = {}
         for disk in sheep.disks:
-            count = -(-int.from_bytes(os.getxattr(disk, "user.md.size"), "little") // (4 * GiB))
-            of_disk = fnv1a(sd_hash(str(disk).encode()).to_bytes(8, "little"), start)
-            owners |= dict.fromkeys(hash_chain(of_disk, count), disk)
-        positions = sorted(owners)
+            size = int.from_bytes(os.getxattr(disk, "user.md.size"), "little")
+            owners |= dict.fromkeys(stores.disk_positions(sheep.port, str(disk), size), disk)
         for (oid, _), path in shards(cluster, sheep.index).items():
             if is_data(oid):
-                following = next((at for at in positions if at >= hash_oid(oid)), positions[0])
-                assert owners[following] in Path(path).parents, f"{oid:016x} is at {path}"
+                assert following(owners, oid) in Path(path).parents, f"{oid:016x} is at {path}"
+
+
+def following(owners: dict[int, T], oid: int) -> T:
+    """Who owns the first position at or after the object."""
+    place = stores.next_position(stores.fnv(oid.to_bytes(8, "little")))
+    return owners[min((at for at in owners if at >= place), default=min(owners))]
 
 
 def shut_down(cluster: SheepCluster) -> None:
@@ -195,3 +199,50 @@ def test_nodes_come_and_go(fresh_cluster: Start, tmp_path: Path) -> None:
     changed(cluster, 4, (64, *VNODES[1:]))
     same_everywhere(cluster, contents)
     on_own_disks(cluster)
+
+
+def test_built_store(tmp_path: Path) -> None:
+    """Store directories of the format's description alone, with every object where the description's ring of disks
+    wants it, open in the epoch in which they were left: all is there, nothing is moved and no epoch begins."""
+    sizes = ((40, 12), (4, 61))
+    disks = [[tmp_path / f"disk{index}{letter}" for letter in "ab"] for index in range(2)]
+    cluster = SheepCluster(
+        2, driver="local", base=tmp_path, store="plain", redundancy="1", disks=disks, options=("--disk-vnodes",)
+    )
+    try:
+        builders, records, owners = [], [], {}
+        for sheep, weights in zip(cluster.sheep, sizes, strict=True):
+            known = dict(zip(sheep.disks, (size * GiB for size in weights), strict=True))
+            builders.append(stores.StoreBuilder(sheep.directory, known))
+            for number, (disk, size) in enumerate(known.items()):
+                positions = stores.disk_positions(sheep.port, str(disk), size)
+                owners |= dict.fromkeys(positions, (sheep.index, number))
+            vnodes, space = sum(-(-size // 4) for size in weights), sum(weights) * GiB
+            record = stores.node(sheep.port, vnodes=vnodes, zone=sheep.zone, space=space)
+            records.append(
+                (sheep.port, stores.node_with_disks(record, [(stores.disk_id(str(d)), s) for d, s in known.items()]))
+            )
+        vid, content = 0x7C2B25, pattern(7, 40 * MiB)
+        objects = {data_oid(vid, index): content[index * MiB : (index + 1) * MiB] for index in range(40)}
+        names = dict.fromkeys(range(40), vid)
+        objects[inode_oid(vid)] = stores.inode(b"test", vid=vid, size=40 * MiB, shift=20, owners=names)
+        for oid, data in objects.items():
+            index, number = following(owners, oid)
+            builders[index].put(oid, data, disk=number)
+        for builder, weights in zip(builders, sizes, strict=True):
+            space = sum(weights) * GiB
+            builder.config(stores.config_file(ctime=1795339442 << 32, flags=0x06, clean=True, shift=20, space=space))
+            builder.epoch(1, stores.epoch_file([record for _, record in sorted(records)], 1795339442))
+        placed = [shards(cluster, index) for index in range(2)]
+        assert len({Path(path).parent for found in placed for path in found.values()}) == 4
+        cluster.start()
+        for index in range(2):
+            wait_serving(cluster, index)
+
+        same_everywhere(cluster, {"test": content})
+        assert cluster.dog("vdi", "check", "test").stdout == b"finish check&repair test\n"
+        assert [cluster.epoch(index) for index in range(2)] == [1, 1]
+        assert [shards(cluster, index) for index in range(2)] == placed
+        assert [cluster.stop(index) for index in range(2)] == [0, 0]
+    finally:
+        cluster.close()
