@@ -90,7 +90,8 @@ def test_disk_vnodes() -> None:
     assert parse("--disk-vnodes", "/x").vnode_mode is VnodeMode.DISK
     assert parse("--disk-vnodes", "-g", "/x").gateway
     assert parse("--di", "/x").directio
-    assert "diskvnodes" in run("-v")[1].splitlines()[-1].split()
+    assert "diskvnodes" in run("--disk-vnodes", "-v")[1].splitlines()[-1].split()
+    assert "diskvnodes" not in run("-v")[1]
 
 
 def test_first_wins() -> None:

@@ -174,7 +174,7 @@ class _Options:
         raise Done
 
     def on_version(self, _: str) -> None:
-        sys.stdout.write(version_text(drivers=self.cluster is None))
+        sys.stdout.write(version_text(drivers=self.cluster is None, disk_vnodes="disk-vnodes" in self.flags))
         raise Done
 
     # --- numbers and addresses ---

@@ -139,11 +139,16 @@ def drivers_line() -> str:
     return "\tCluster drivers: " + " ".join(installed("cluster"))
 
 
-def version_text(*, drivers: bool) -> str:
-    """What ``sheep -v`` prints; ``drivers`` is false when a driver was chosen already."""
+def version_text(*, drivers: bool, disk_vnodes: bool) -> str:
+    """What ``sheep -v`` prints.
+
+    :param drivers: false when a driver was chosen already.
+    :param disk_vnodes: vnodes belong to disks, as in an original that was built so; scripts may act on it.
+    """
     lines = [f"Sheepdog daemon version {VERSION}", "", "Supported features:"]
     if drivers:
         lines.append(drivers_line())
     present = [name for name in ("http", "nfs") if name in installed("frontend")]
-    lines.append("\tMiscellaneous: " + " ".join([*present, "diskvnodes", "trace"]))
+    present += ["diskvnodes"] if disk_vnodes else []
+    lines.append("\tMiscellaneous: " + " ".join([*present, "trace"]))
     return "\n".join(lines) + "\n"
