@@ -1,12 +1,14 @@
 """Checksums on disk: when they are there, what they survive, and what makes them void."""
 
 import os
+import shutil
 from array import array
 from types import SimpleNamespace
 
 import pytest
 
 from sheepdog.builtin.filestore import parse_file_name
+from sheepdog.daemon.checksum_files import ChecksumFiles
 from sheepdog.daemon.checksums import _STATE_BYTES
 from sheepdog.errors import ShardCorrupt, StoreBusy
 from sheepdog.testing.store_kit import content, get, get_stale, put
@@ -105,6 +107,35 @@ def test_another_program_used_the_directory(tmp_path):
 
     assert after.verify(KEY, offset_bytes=0, length_bytes=SIZE) == (SIZE, False)
     assert len(get(after, KEY)) == SIZE
+
+
+def test_whose_config(tmp_path):
+    """A sheep that dies while it replaces its config file has used the directory itself, with either of the two; a copy
+    of the directory is no use of it. Whoever else replaced the file is noticed, once."""
+
+    def used_elsewhere(base=tmp_path):
+        found = []
+        files = ChecksumFiles(str(base), durable=True, used_elsewhere=lambda: found.append(base))
+        return files, bool(found)
+
+    config, new = tmp_path / "config", tmp_path / "new"
+    config.write_bytes(b"first")
+    os.utime(config, (1000, 1000))
+    files, _ = used_elsewhere()
+    new.write_bytes(b"other")
+    os.utime(new, (2000, 2000))
+    files.config_follows(new.stat())
+    files, foreign = used_elsewhere()
+    assert not foreign
+    files.config_follows(new.stat())
+    new.rename(config)
+    files, foreign = used_elsewhere()
+    assert not foreign
+
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    assert not used_elsewhere(tmp_path / "copy")[1]
+    os.utime(config, (3000, 3000))
+    assert [used_elsewhere()[1] for _ in range(2)] == [True, False]
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])

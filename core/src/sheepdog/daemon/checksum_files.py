@@ -25,6 +25,7 @@ import secrets
 import shutil
 import threading
 from array import array
+from collections.abc import Callable
 from contextlib import suppress
 from struct import Struct
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ from typing import Any, NamedTuple
 from xxhash import xxh3_64_intdigest
 
 from sheepdog.contracts.store import ShardKey
+from sheepdog.daemon.storedir import sync_directory
 from sheepdog.errors import ConfigError, StoreBusy, StoreDeviceError, StoreError, StoreFull
 
 logger = logging.getLogger(__name__)
@@ -66,12 +68,22 @@ class Saved(NamedTuple):
 class ChecksumFiles:
     """The files of one sheep. Thread-safe for different shards."""
 
-    def __init__(self, base: str, *, durable: bool, boot_id: str | None = None, started_ns: int = 0) -> None:
+    def __init__(
+        self,
+        base: str,
+        *,
+        durable: bool,
+        boot_id: str | None = None,
+        started_ns: int = 0,
+        used_elsewhere: Callable[[], None] = lambda: None,
+    ) -> None:
         """
         :param durable: what is acknowledged survives power loss, so what is noted here must be true after it.
         :param boot_id: differs whenever the machine was down in between; for tests.
         :param started_ns: when this sheep was started: what was changed before without our knowledge was changed on
             purpose. 0: nothing was.
+        :param used_elsewhere: called when something else has used the base directory since a sheep of ours did, before
+            the directory counts as ours again. A copy of a directory is no use of it.
         :raises ConfigError: the directory cannot be made.
         """
         self._root = os.path.join(base, DIRECTORY)
@@ -89,20 +101,25 @@ class ChecksumFiles:
         except OSError as error:
             raise ConfigError(f"cannot make {self._root}: {error.strerror}") from error
         self.generation = 0
-        self._open()
+        self._next: list[int] = []  # identity of a config file that is about to get its name
+        self._open(used_elsewhere)
 
     # ---- the generation
 
-    def _open(self) -> None:
+    def _open(self, used_elsewhere: Callable[[], None]) -> None:
         state = self._read_state()
         reason = ""
+        if state is not None:
+            found, ours = self._config_identity(), (state["config"], state["next"])
+            if _age(found) not in map(_age, ours):
+                used_elsewhere()
         if state is None:
             reason = "there are none"
         elif not state["durable"] and state["boot"] != self._boot_id:
             reason = "the machine went down while the sheep ran without flushing (-n)"
         elif not state["durable"] and self.durable:
             reason = "the sheep ran without flushing (-n) so far"
-        elif state["config"] != self._config_identity():
+        elif found not in ours:
             reason = "the base directory was used by something else since"
         if state is None or reason:
             if state is not None:
@@ -125,7 +142,9 @@ class ChecksumFiles:
                 state = json.load(file)
         except (OSError, ValueError):
             return None
-        known = {"generation": int, "durable": bool, "boot": str, "config": list}
+        known = {"generation": int, "durable": bool, "boot": str, "config": list, "next": list}
+        if isinstance(state, dict):
+            state.setdefault("next", [])
         if not isinstance(state, dict) or any(not isinstance(state.get(name), kind) for name, kind in known.items()):
             return None
         return state
@@ -134,7 +153,7 @@ class ChecksumFiles:
         """Without it the next start drops all checksums, nothing else."""
         state = {
             "generation": self.generation, "durable": self.durable, "boot": self._boot_id,
-            "config": self._config_identity(),
+            "config": self._config_identity(), "next": self._next,
         }  # fmt: skip
         temporary = f"{self._state_path}.tmp"
         try:
@@ -143,18 +162,24 @@ class ChecksumFiles:
                 file.flush()
                 os.fsync(file.fileno())
             os.rename(temporary, self._state_path)
+            sync_directory(self._root)
         except OSError as error:
             logger.warning("cannot write %s: %s", self._state_path, error.strerror)
 
     def _config_identity(self) -> list[int]:
         try:
-            status = os.stat(self._config)
+            return _identity(os.stat(self._config))
         except OSError:
             return []
-        return [status.st_ino, status.st_mtime_ns, status.st_size]
+
+    def config_follows(self, status: os.stat_result) -> None:
+        """This sheep is about to replace its config file; if it dies on the way, either of the two is ours."""
+        self._next = _identity(status)
+        self._write_state()
 
     def config_written(self) -> None:
         """This sheep has just replaced its config file."""
+        self._next = []
         self._write_state()
 
     def renew(self) -> None:
@@ -280,11 +305,7 @@ class ChecksumFiles:
                 directories, self._unflushed = self._unflushed, set()
             for directory in sorted(directories):
                 try:
-                    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-                    try:
-                        os.fsync(fd)
-                    finally:
-                        os.close(fd)
+                    sync_directory(directory)
                 except FileNotFoundError:
                     continue
                 except OSError as error:
@@ -296,6 +317,15 @@ class ChecksumFiles:
         if self.durable:
             with self._noting:
                 self._unflushed.update(map(os.path.dirname, paths))
+
+
+def _identity(status: os.stat_result) -> list[int]:
+    return [status.st_ino, status.st_mtime_ns, status.st_size]
+
+
+def _age(identity: list[int]) -> int:
+    """When a config file was written, in seconds: what programs that copy files keep."""
+    return identity[1] // 1_000_000_000 if len(identity) == 3 else 0
 
 
 def _trouble(error: OSError, what: str) -> StoreError:

@@ -414,7 +414,9 @@ async def _run_sheep(
             config.base,
             durable=not config.nosync or config.journal is not None,
             started_ns=int(SystemClock().time() * 1e9),
+            used_elsewhere=strips.give_up,
         )
+        storedir.config_follows = checksum_files.config_follows
         storedir.config_written = checksum_files.config_written
         inner = make_inner(store_name, replacing=disk_config is None or not disk_config.ctime)
         shift = disk_config.block_size_shift if disk_config is not None else 0

@@ -13,6 +13,7 @@ import fcntl
 import itertools
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -124,6 +125,9 @@ class StoreDirectory:
         self._node_config = os.path.join(base, "node_config")
         self._lock_fd = -1
         self._numbers = itertools.count()
+        self._config_lock = threading.Lock()  # held while the config file is replaced
+        self.config_follows: Callable[[os.stat_result], None] = _nothing
+        """Called before the config file is replaced, with the status of the new one."""
         self.config_written: Callable[[], None] = _nothing
         """Called whenever the config file has been replaced."""
 
@@ -189,8 +193,9 @@ class StoreDirectory:
 
     def write_config(self, config: DiskConfig) -> None:
         """The config file holds ``config``."""
-        self._write(self._config, config.pack())
-        self.config_written()
+        with self._config_lock:
+            self._write(self._config, config.pack(), follows=self.config_follows)
+            self.config_written()
 
     def set_clean_shutdown(self, clean: bool) -> None:
         """The config file says whether the last end was an orderly one. No effect before the first format."""
@@ -237,7 +242,7 @@ class StoreDirectory:
             with suppress(FileNotFoundError):
                 os.unlink(os.path.join(self._epochs, epoch_file_name(epoch)))
         if doomed:
-            self._flush(self._epochs)
+            sync_directory(self._epochs)
 
     # ---- the store this node prefers
 
@@ -261,7 +266,8 @@ class StoreDirectory:
         except OSError as error:
             raise ConfigError(f"cannot read {path}: {error.strerror}") from error
 
-    def _write(self, path: str, data: bytes) -> None:
+    def _write(self, path: str, data: bytes, *, follows: Callable[[os.stat_result], None] | None = None) -> None:
+        """:param follows: called when the new file is whole and does not have its name yet."""
         temporary = f"{path}.{next(self._numbers)}{_TEMPORARY}"  # two threads may write the same file
         try:
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, FILE_MODE)
@@ -269,25 +275,32 @@ class StoreDirectory:
                 with open(fd, "wb", closefd=False) as file:
                     file.write(data)
                 os.fsync(fd)
+                if follows is not None:
+                    follows(os.fstat(fd))
             finally:
                 os.close(fd)
             os.rename(temporary, path)
-            self._flush(os.path.dirname(path))
+            sync_directory(os.path.dirname(path))
         except OSError as error:
             raise ConfigError(f"cannot write {path}: {error.strerror}") from error
 
-    def _flush(self, directory: str) -> None:
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+
+def sync_directory(path: str) -> None:
+    """Names in the directory survive a loss of power.
+
+    :raises OSError: that cannot be promised.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 # ---- is what the store says compatible with how the sheep was started?
 
 
-def _nothing() -> None:
+def _nothing(*_: object) -> None:
     """Nobody wants to know."""
 
 

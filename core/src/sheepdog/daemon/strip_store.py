@@ -70,6 +70,14 @@ class StripLog:
         if self._made is None and (left_journal(self._directory, STRIPS) or self.left.strips.marks):
             self._made = self._make()
 
+    def give_up(self) -> None:
+        """What a crash left is older than what is in the store: something else, the original for one, has used it."""
+        for path in file_paths(self._directory, STRIPS):
+            if os.path.exists(path):
+                os.rename(path, f"{path}.unused")
+                logger.warning("something else has used %s since %s was written, it is %s.unused now",
+                               self._directory, path, path)  # fmt: skip
+
     def remove(self) -> None:
         """No file is there; for after something else has taken over what they say."""
         for path in file_paths(self._directory, STRIPS):
