@@ -194,7 +194,7 @@ def test_vnodes_of_disks() -> None:
     ]
     assert cluster.dog("cluster", "info", "-v").stdout.decode().splitlines()[3] == "Cluster vnode mode: disk"
     assert cluster.dog("cluster", "info", "-r", "-d").stdout.decode().splitlines()[2:] == [
-        "200 2 [+10.0.0.4:7000(2)]",
+        "200 2 [+10.0.0.4:7000]",
         "100 1 [formated]",
     ]
     told = json.loads(cluster.dog("cluster", "info", "--json").stdout)

@@ -47,7 +47,7 @@ def run(session: Session) -> None:
     for at, entry in enumerate(stat.entries):
         if "diff" in session.options:
             older = stat.entries[at + 1] if at + 1 < len(stat.entries) else None
-            content = _difference(entry, older, by_disk)
+            content = _difference(entry, older)
         else:
             content = ", ".join(f"{node.id.text}:{node.vnodes}{_disks(node, by_disk)}" for node in entry.nodes)
         if raw:
@@ -76,13 +76,13 @@ def _disks(node: Node, by_disk: bool) -> str:
     return f"({len(node.disks)})" if by_disk else ""
 
 
-def _difference(entry: EpochLogEntry, older: EpochLogEntry | None, by_disk: bool) -> str:
+def _difference(entry: EpochLogEntry, older: EpochLogEntry | None) -> str:
     if older is None:
         return "formated" if entry.epoch == 1 else ""
     before = {node.id for node in older.nodes}
     after = {node.id for node in entry.nodes}
-    changes = [f"+{node.id.text}{_disks(node, by_disk)}" for node in entry.nodes if node.id not in before]
-    changes += [f"-{node.id.text}{_disks(node, by_disk)}" for node in older.nodes if node.id not in after]
+    changes = [f"+{node.id.text}" for node in entry.nodes if node.id not in before]
+    changes += [f"-{node.id.text}" for node in older.nodes if node.id not in after]
     return ", ".join(changes)
 
 
