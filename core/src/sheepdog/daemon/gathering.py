@@ -22,6 +22,8 @@ from sheepdog.daemon.spawner import AsyncFunction
 FLUSHES_WAITED = 4
 WAIT_MAX_S = 0.004
 WAIT_MIN_S = 0.0005  # below, the loop's timers are not exact enough to be worth one
+TICK_S = 0.001  # of the loop's timers; for less than half of it uvloop does not sleep at all
+IDLE_MAX = 8  # times that the timer looks in vain
 
 
 class Gathering:
@@ -81,12 +83,17 @@ class Gathering:
         self._begin()
 
     async def _wait(self) -> None:
-        while self._deadline and (left := self._deadline - self._clock.monotonic()) > 0:
-            await anyio.sleep(left)
+        """Begins groups whose time has come. One task for many of them: to start one costs more than to wake it up."""
+        idle = 0
+        while idle < IDLE_MAX:
+            left = self._deadline - self._clock.monotonic() if self._deadline else WAIT_MAX_S
+            if left > 0:
+                idle = 0 if self._deadline else idle + 1
+                await anyio.sleep(max(left, TICK_S))
+            else:
+                with self._outbox:
+                    self._begin()
         self._timed = False
-        if self._deadline:
-            with self._outbox:
-                self._begin()
 
     def _begin(self) -> None:
         self._deadline = 0.0

@@ -41,7 +41,9 @@ logger = logging.getLogger(__name__)
 
 RETRY_S = 0.1  # after a disk refused to flush
 DEFAULT_SHIFT = 22  # of object sizes
-_CHANGES = frozenset({JournalKind.STORE, JournalKind.REMOVE, JournalKind.FORGET, JournalKind.UNDO})
+_UNFLUSHED = frozenset({JournalKind.STORE, JournalKind.REMOVE, JournalKind.UNDO})
+_CHANGES = _UNFLUSHED | {JournalKind.FORGET}
+_key_of = tuple.__new__  # a third of what the generated constructor takes
 _META_BYTES = 4096  # above what a record has besides the old bytes
 PENDING_MAX = 1024  # entries that nobody waits for
 
@@ -123,6 +125,16 @@ class Journal:
             if applying:
                 self._applying.add(number)
             return number
+
+    def forget(self, key: ShardKey) -> None:
+        """Nothing added so far of the shard, which is flushed, removed or set aside, is replayed once this is durable.
+
+        The shard need not be flushed again before the files are emptied.
+        """
+        with self._lock:
+            for file in self._files:
+                file.keys.discard(key)
+            self.add(JournalKind.FORGET, key)
 
     def applied(self, *numbers: int) -> None:
         """The changes of entries that were added with ``applying`` are made."""
@@ -265,13 +277,16 @@ class Journal:
             length = 0
             first = done
             keys: list[ShardKey] = []
-            while done < len(batch) and file.room_for(length + len(batch[done])):
+            while done < len(batch):
                 entry = batch[done]
+                size = len(entry)
+                if not file.room_for(length + size):
+                    break
                 before, behind = entry.pack_around()
                 buffers += (before, entry.data, behind)
-                length += len(entry)
-                if entry.kind in _CHANGES:
-                    keys.append(ShardKey(entry.oid, entry.index))
+                length += size
+                if entry.kind in _UNFLUSHED:
+                    keys.append(_key_of(ShardKey, (entry.oid, entry.index)))
                 done += 1
             if buffers:
                 file.append(buffers, length)

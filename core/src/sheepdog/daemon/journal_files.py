@@ -124,14 +124,14 @@ class JournalFile:
         if ahead:
             buffers = (*buffers, memoryview(ZEROS)[:ahead])
         for first in range(0, len(buffers), VECTOR_MAX):
-            part = [memoryview(buffer).cast("B") for buffer in buffers[first : first + VECTOR_MAX] if len(buffer)]
-            while part:
+            part = buffers[first : first + VECTOR_MAX]
+            left = sum(map(len, part))
+            while left:
                 written = os.pwritev(self._fd, part, at)
                 at += written
-                while part and written >= len(part[0]):
-                    written -= len(part.pop(0))
-                if written:
-                    part[0] = part[0][written:]
+                left -= written
+                if left:
+                    part = [memoryview(b"".join(part))[written:]]
         assert at == end + ahead, f"{at - self.end} bytes of journal instead of {length}"
         self.end = end
         self._allocated = max(self._allocated, at)

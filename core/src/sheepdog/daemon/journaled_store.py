@@ -19,6 +19,7 @@ class JournaledStore(StoreWrapper):
 
     def __init__(self, inner: ObjectStore, journal: Journal) -> None:
         super().__init__(inner)
+        self._try_write_inner = inner.try_write
         self._given = journal
         # Changed in place since the last flush, with what tells one change from the next. Noted when it is made: of a
         # flush that ran meanwhile nobody knows what it found.
@@ -104,6 +105,16 @@ class JournaledStore(StoreWrapper):
         number = self._journal.add(JournalKind.STORE, key, lent, offset=offset_bytes)
         if durable:
             self._settle(number, key)
+
+    def try_write(self, key: ShardKey, data: Buffer, *, offset_bytes: int) -> bool:
+        journal = self._journal
+        if entry_bytes(len(data)) > journal.entry_bytes_max:
+            return False
+        self._dirty[key] = object()
+        if not self._try_write_inner(key, data, offset_bytes=offset_bytes):
+            return False
+        journal.add(JournalKind.STORE, key, bytes(data), offset=offset_bytes)
+        return True
 
     def remove(self, key: ShardKey) -> None:
         self.inner.remove(key)

@@ -125,6 +125,8 @@ class StripStore(JournaledStore):
         self.try_read_into = inner.try_read_into  # type: ignore[method-assign]  # saves a call per read
         self._try_write_inner = inner.try_write
         self._dirty = {}
+        self._past_log: dict[ShardKey, object] = {}
+        """Whole copies changed otherwise than by the log since they were flushed, with what tells a change from others."""
         self._log = log
         self.strips_left = log.left.strips if log.made is None else log.made.strips()
         log.serve(self._flush if log.synced else _flush_nothing)
@@ -145,36 +147,87 @@ class StripStore(JournaledStore):
         :param gone: nor is the last change of it taken back.
         """
         journal = self._log.made
-        if key.index == REPLICA or journal is None or journal.failed:
+        if journal is None or journal.failed:
             return
         number = journal.drop_strip(key) if gone else 0
         if journal.mentions(key):
             if self._log.synced:
                 self.inner.sync([key])
-            number = journal.add(JournalKind.FORGET, key)
-        if number:
-            journal.commit()
+            journal.forget(key)
+        elif not number:
+            return
+        journal.commit()
 
     # ---- changes
 
     def create(
         self, key: ShardKey, data: Buffer, *, offset_bytes: int, size_bytes: int, sparse: bool, durable: bool
     ) -> None:
-        self._void(key, gone=True)
+        if key.index != REPLICA:
+            self._void(key, gone=True)
+        elif not durable:
+            self._past_log[key] = object()
         self.inner.create(key, data, offset_bytes=offset_bytes, size_bytes=size_bytes, sparse=sparse, durable=durable)
+        self._forget_copy(key)
+
+    def _forget_copy(self, key: ShardKey) -> None:
+        """A whole copy has become another one, or is gone: nothing logged of the former one is replayed.
+
+        Not earlier: until then, changes that were acknowledged may be nowhere but in the log.
+        """
+        journal = self._log.made
+        if key.index == REPLICA and journal is not None and journal.mentions(key):
+            journal.forget(key)
+            journal.commit()
 
     def write(self, key: ShardKey, data: Buffer, *, offset_bytes: int, durable: bool) -> None:
-        self._void(key)
-        self.inner.write(key, data, offset_bytes=offset_bytes, durable=durable)
+        if key.index != REPLICA:
+            self._void(key)
+            self.inner.write(key, data, offset_bytes=offset_bytes, durable=durable)
+            return
+        journal = self._log.get() if self._log.synced and len(data) <= REDO_BYTES_MAX else None
+        if journal is not None and not journal.failed:
+            self.inner.write(key, data, offset_bytes=offset_bytes, durable=False)
+            self._log_write(journal, key, data, offset_bytes)
+            if durable:
+                self.sync((key,))
+            return
+        journal = self._log.made
+        if journal is None or not journal.mentions(key):
+            if not durable:
+                self._past_log[key] = object()
+            self.inner.write(key, data, offset_bytes=offset_bytes, durable=durable)
+            return
+        self._past_log[key] = object()
+        self.inner.write(key, data, offset_bytes=offset_bytes, durable=False)
+        self.inner.sync((key,))  # with what was logged, which is not replayed over these bytes
+        del self._past_log[key]
+        self._forget_copy(key)
 
     def try_write(self, key: ShardKey, data: Buffer, *, offset_bytes: int) -> bool:
-        if key[1] == REPLICA:
-            return self._try_write_inner(key, data, offset_bytes=offset_bytes)
-        return super().try_write(key, data, offset_bytes=offset_bytes)
+        if key[1] != REPLICA:
+            return ObjectStore.try_write(self, key, data, offset_bytes=offset_bytes)
+        if not self._try_write_inner(key, data, offset_bytes=offset_bytes):
+            return False
+        if self._log.synced:
+            journal = self._log.made
+            if journal is None:
+                self._past_log[key] = object()  # whoever flushes it makes a log
+            else:
+                self._log_write(journal, key, data, offset_bytes)
+        return True
+
+    def _log_write(self, journal: Journal, key: ShardKey, data: Buffer, offset: int) -> None:
+        if not journal.add(JournalKind.STORE, key, bytes(data), offset=offset):
+            self._past_log[key] = object()
 
     def remove(self, key: ShardKey) -> None:
-        self._void(key, gone=True)
+        if key.index != REPLICA:
+            self._void(key, gone=True)
+        else:
+            self._past_log[key] = object()
         self.inner.remove(key)
+        self._forget_copy(key)
 
     def retire(self, key: ShardKey, epoch: int) -> None:
         self._void(key)
@@ -191,15 +244,31 @@ class StripStore(JournaledStore):
     def wipe(self) -> None:
         self.inner.wipe()
         self._dirty.clear()
+        self._past_log.clear()
         if self._log.made is not None:
             self._log.made.reset()
 
     def sync(self, keys: Iterable[ShardKey]) -> None:
-        self.inner.sync(keys)
+        log = self._log
+        if not log.synced:
+            self.inner.sync(keys)
+            return
+        changes = {key: self._past_log.get(key) for key in keys}
+        past = [key for key, change in changes.items() if change is not None or key.index != REPLICA]
+        journal = log.get()
+        if journal is None or not journal.commit():
+            past = list(changes)
+        if past:
+            self.inner.sync(past)
+            for key in past:
+                # Only what was noted before the flush: another change may have come during it.
+                if changes[key] is not None and self._past_log.get(key) is changes[key]:
+                    del self._past_log[key]
 
     @property
     def flushes_apart(self) -> bool:
-        return self.inner.flushes_apart
+        journal = self._log.made
+        return (journal is None or journal.failed) and self.inner.flushes_apart
 
     # ---- strips
 
