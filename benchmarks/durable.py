@@ -49,8 +49,12 @@ COPIES = 3
 COPIES_NAME = f"{COPIES} copies"
 COPIES_SINGLY = f"{COPIES_NAME}, one flush each"
 ONE_EACH = f"{COPIES} files, a flush each"
-# Read by the interpreters of the sheep: no write is small enough for the group commit.
-SINGLY = "import sheepdog.daemon.shards as shards\nshards.INLINE_BYTES_MAX = 0\n"
+# Read by the interpreters of the sheep: no write is small enough for the group commit, nor for the log.
+SINGLY = """
+import sheepdog.daemon.shards as shards, sheepdog.daemon.strip_store as log
+shards.INLINE_BYTES_MAX = 0
+log.REDO_BYTES_MAX = log.COPY_BYTES_MAX = -1
+"""
 
 
 @dataclass
@@ -248,7 +252,9 @@ def compare(made: list[Row], before: list[Row]) -> None:
         singly = known.get((COPIES_SINGLY, row.what, row.depth))
         if singly is not None and row.target.startswith(COPIES_NAME):
             row.of_singly = round(row.per_second / singly.per_second, 2)
-            row.of_one_each = round(row.per_second / known[ONE_EACH, row.what, 1].per_second, 2)
+        one_each = known.get((ONE_EACH, row.what, 1))  # not with --only
+        if one_each is not None and row.target.startswith(COPIES_NAME):
+            row.of_one_each = round(row.per_second / one_each.per_second, 2)
 
 
 def coding(policy: str, seconds: float) -> list[Row]:
@@ -326,7 +332,9 @@ def _print(row: Row) -> None:
     latency = "" if row.p50_ms is None else f"p50 {row.p50_ms:8.2f} ms  p99 {row.p99_ms:8.2f} ms"
     ratio = "" if row.of_local is None else f"  of local {row.of_local:.2f}"
     if row.of_singly is not None:
-        ratio += f"  of one flush each {row.of_singly:.2f}, of three files {row.of_one_each:.2f}"
+        ratio += f"  of one flush each {row.of_singly:.2f}"
+    if row.of_one_each is not None:
+        ratio += f", of three files {row.of_one_each:.2f}"
     print(
         f"{row.target:24} {row.what:22} depth {row.depth:3} {row.per_second:8.0f}/s {row.mb_per_second:9.1f} MB/s  "
         f"{latency}{ratio}",

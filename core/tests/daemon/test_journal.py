@@ -13,7 +13,7 @@ import pytest
 from sheepdog.contracts.store import ShardKey, StoreOptions
 from sheepdog.daemon.config import JournalConfig, SheepConfig
 from sheepdog.daemon.journal import Journal, start_journal
-from sheepdog.daemon.journal_files import JournalFile, file_paths, replay
+from sheepdog.daemon.journal_files import STRIPS, JournalFile, file_paths, replay
 from sheepdog.daemon.journaled_store import JournaledStore
 from sheepdog.errors import ConfigError, StoreDeviceError, StoreFull
 from sheepdog.model.journal_entry import JournalEntry, JournalKind, scan
@@ -523,3 +523,47 @@ def test_first_appends_write_ahead(tmp_path):
     file.append([bytes(4 * MiB - 512)], 4 * MiB - 512)
     assert os.path.getsize(path) == 4 * MiB, "nothing is written behind the end"
     file.close()
+
+
+@pytest.mark.parametrize("zeroed", [True, False], ids=["journal", "log"])
+def test_emptied_file_cut_short(tmp_path, zeroed):
+    """Of a file that was being emptied when the power went nothing is replayed, whatever of it was overwritten.
+
+    With the newer one of two entries gone, the older one would bring back what it replaced.
+    """
+    path = tmp_path / "journal_file0"
+    file = JournalFile(str(path), 1 * MiB, zeroed=zeroed)
+    entries = [JournalEntry(JournalKind.STORE, 9, 0, bytes([number]) * 600, number=number) for number in (1, 2, 3)]
+    whole = b"".join(entry.pack(1) for entry in entries)
+    file.append([whole], len(whole))
+    file.clear()
+    file.close()
+    emptied = path.read_bytes()
+    assert any(emptied) is not zeroed
+    for lost in range(512, len(whole), 512):  # of what came after the first sector, each one may have been overwritten
+        path.write_bytes(bytes(512) + whole[512:lost] + bytes(512) + whole[lost + 512 :])
+        store = MemoryStore(OPTIONS, MemoryMedium())
+        put(store, ShardKey(9), b"z" * 600)
+
+        assert replay(str(tmp_path), store, block_size_shift=22) == 0
+        assert get(store, ShardKey(9)) == b"z" * 600
+
+
+def test_left_of_an_earlier_use(tmp_path):
+    """Entries that lie behind the last one since the file was emptied do not count, be that one whole or not."""
+    path = tmp_path / "strip_log0"
+    file = JournalFile(str(path), 1 * MiB, zeroed=False)
+    for number in range(1, 9):
+        if number == 7:
+            file.clear()
+        entry = JournalEntry(JournalKind.STORE, 9, 0, bytes([number]) * 600, number=number)
+        file.append([entry.pack(file.use)], len(entry))
+    file.close()
+    whole = path.read_bytes()
+    for content, applied in ((whole, 2), (whole[:2200] + b"\0" + whole[2201:], 1), (b"\0" + whole[1:], 0)):
+        path.write_bytes(content)
+        store = MemoryStore(OPTIONS, MemoryMedium())
+        put(store, ShardKey(9), b"z" * 600)
+
+        assert replay(str(tmp_path), store, block_size_shift=22, name=STRIPS) == applied
+        assert get(store, ShardKey(9)) == (bytes([6 + applied]) * 600 if applied else b"z" * 600)

@@ -1,7 +1,7 @@
-"""Power loss on files: what was acknowledged is there, in the plain and the tree store, with and without journal.
+"""Power loss on files: what was acknowledged is there, in the plain and the tree store, with journal, log or neither.
 
 ``test_power_loss`` asks the same of the data path on disks that are modelled as a whole. Here the real stores and the
-real journal run on real files, and what a power loss leaves is worked out from the flushes that they asked for: a file
+real journals run on real files, and what a power loss leaves is worked out from the flushes that they asked for: a file
 that was written and not flushed, a name that was made and whose directory was not flushed, may be gone.
 """
 
@@ -20,6 +20,7 @@ from sheepdog.daemon.checksums import ChecksummedStore
 from sheepdog.daemon.journal import Journal
 from sheepdog.daemon.journal_files import replay
 from sheepdog.daemon.journaled_store import JournaledStore
+from sheepdog.daemon.strip_store import StripLog, StripStore
 from sheepdog.model.ids import data_oid, inode_oid
 from sheepdog_redundancy_ec import sheepdog_redundancy
 from sheepdog_store_plain import sheepdog_object_store as plain
@@ -53,6 +54,7 @@ class Machines:
         self._journal = journal
         self._direct = direct
         self.journals = []
+        self.logs = []
         self.stores = []
 
     def start(self, number):
@@ -65,6 +67,13 @@ class Machines:
         if not self._journal:
             return store
         store.distrust = True
+        if self._journal == "log":
+            log = StripLog(str(directory), synced=True, size_bytes=1 << 18)
+            log.replay(store, block_size_shift=22)
+            store.distrust = False
+            log.begin()
+            self.logs.append(log)
+            return StripStore(store, log)
         replay(str(directory), store, block_size_shift=22)
         store.distrust = False
         self.journals.append(Journal(str(directory), 1 << 20))
@@ -77,7 +86,7 @@ class Machines:
             store.upkeep()
 
     def close(self):
-        for journal in self.journals:
+        for journal in (*self.journals, *(log.made for log in self.logs if log.made is not None)):
             journal.close(remove=False)
 
 
@@ -117,7 +126,7 @@ class Work:
 
 
 @pytest.mark.parametrize("policy", [0, 0x11], ids=["copies", "strips"])
-@pytest.mark.parametrize("journal", [False, True], ids=["flushes", "journal"])
+@pytest.mark.parametrize("journal", ["", "log", "journal"], ids=["flushes", "log", "journal"])
 @pytest.mark.parametrize(("make_store", "direct"), [(plain, False), (tree, False), (tree, True)])
 async def test_nothing_acknowledged_is_lost(tmp_path, monkeypatch, make_store, direct, journal, policy):
     """Creates, writes and removals that were acknowledged are there after a power loss, at every holder, and nothing

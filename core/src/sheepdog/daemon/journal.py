@@ -81,10 +81,11 @@ class Journal:
         self._durable = 0  # entries up to this number are on stable storage
         self._flush_store: Callable[[Iterable[ShardKey]], None] = lambda _: None
         paths = file_paths(directory, name)
-        self._files = [JournalFile(paths[left.first], size_bytes // 2, synced=synced)]
+        zeroed = name == JOURNAL  # what the original may replay
+        self._files = [JournalFile(paths[left.first], size_bytes // 2, synced=synced, zeroed=zeroed)]
         self._carry(self._files[0])  # before the other file, which says the same, is overwritten
         try:
-            self._files.append(JournalFile(paths[1 - left.first], size_bytes // 2, synced=synced))
+            self._files.append(JournalFile(paths[1 - left.first], size_bytes // 2, synced=synced, zeroed=zeroed))
         except ConfigError:
             if not self._strips.records:  # what is known of strips must not go with the files
                 self._remove_files()
@@ -282,7 +283,7 @@ class Journal:
                 size = len(entry)
                 if not file.room_for(length + size):
                     break
-                before, behind = entry.pack_around()
+                before, behind = entry.pack_around(file.use)
                 buffers += (before, entry.data, behind)
                 length += size
                 if entry.kind in _UNFLUSHED:
@@ -319,7 +320,7 @@ class Journal:
                     continue
                 self._number = number = self._number + 1
                 entry = JournalEntry(kind, key.oid, 0, data, False, key.index, True, 0, number)
-                before, behind = entry.pack_around()
+                before, behind = entry.pack_around(file.use)
                 buffers += (before, data, behind)
                 length += len(entry)
         if left_out:

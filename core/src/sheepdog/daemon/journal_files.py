@@ -3,7 +3,8 @@
 Both have half of the journal's size. One is appended to while the other is empty or being emptied; names, sizes and
 the layout of entries are those of the original (docs: on-disk layout, section 6), which replays what we leave and the
 other way round. A file is emptied by overwriting what was used with zeros instead of making it anew: its blocks stay
-allocated, so that an append needs no more than its own bytes to become durable.
+allocated, so that an append needs no more than its own bytes to become durable. Where only we replay it, the first
+entry alone is overwritten; what else is left is of an earlier *use*, and entries say of which use they are.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from sheepdog.contracts.store import ObjectStore, ShardKey, Staged
 from sheepdog.daemon.strip_memory import StripChange, StripMemory
 from sheepdog.errors import ConfigError, ObjectNotFound, StoreDeviceError, StoreError, StoreFull
 from sheepdog.model.ids import inode_oid, is_sparse, object_bytes, vid_of
 from sheepdog.model.inode import InodeHeader
-from sheepdog.model.journal_entry import REPLICA, JournalEntry, JournalKind, scan
+from sheepdog.model.journal_entry import REPLICA, UNIT_BYTES, JournalEntry, JournalKind, PlacedEntry, scan
 
 logger = logging.getLogger(__name__)
 
@@ -62,15 +64,18 @@ class Left:
 class JournalFile:
     """One of the two files. Not thread-safe."""
 
-    def __init__(self, path: str, size_bytes: int, *, synced: bool = True) -> None:
+    def __init__(self, path: str, size_bytes: int, *, synced: bool = True, zeroed: bool = True) -> None:
         """The file exists with all its space, and is empty.
 
         :param synced: what is appended is on stable storage; otherwise in the page cache.
+        :param zeroed: nothing is left in it when it is emptied: for those who replay it and know no ``use``.
         :raises ConfigError: the directory is missing, there is no space, or another sheep uses the file.
         """
         self.path = path
         self.size_bytes = self._usual_bytes = size_bytes
         self._synced = synced
+        self._zeroed = zeroed
+        self.use = 1  # counts how often it was emptied
         self.end = 0  # of what was written
         self._allocated = 0  # up to here the blocks were written once
         self.last_number = 0  # of the last entry in it
@@ -148,22 +153,32 @@ class JournalFile:
         return min(AHEAD_BYTES, self.size_bytes - end)
 
     def clear(self) -> None:
-        """The file holds no entry. A crash on the way leaves the last entries of it, which are all applied."""
-        fd = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)  # not flushed piece by piece, as the other one would
-        try:
-            at = 0
-            while at < self.end:
-                at += os.pwrite(fd, memoryview(ZEROS)[: self.end - at], at)
-            if self.size_bytes > self._usual_bytes:
-                os.ftruncate(fd, self._usual_bytes)
-                self.size_bytes = self._usual_bytes
-                self._allocated = min(self._allocated, self.size_bytes)
-            if self._synced:
-                os.fdatasync(fd)
-        finally:
-            os.close(fd)
+        """The file holds no entry; all that it held are applied.
+
+        The first one goes first: without it none of the others counts. Were they given up in any other order, a crash
+        on the way could leave an old entry of some bytes and not the newer one.
+        """
+        if self.end:
+            fd = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)  # not flushed piece by piece, as the other one would
+            try:
+                self._zero(fd, 0, min(UNIT_BYTES, self.end))
+                if self._zeroed and self.end > UNIT_BYTES:
+                    self._zero(fd, UNIT_BYTES, self.end)
+                if self.size_bytes > self._usual_bytes:
+                    os.ftruncate(fd, self._usual_bytes)
+                    self.size_bytes = self._usual_bytes
+                    self._allocated = min(self._allocated, self.size_bytes)
+            finally:
+                os.close(fd)
+        self.use += 1
         self.end = 0
         self.keys = set()
+
+    def _zero(self, fd: int, start: int, end: int) -> None:
+        while start < end:
+            start += os.pwrite(fd, memoryview(ZEROS)[: end - start], start)
+        if self._synced:
+            os.fdatasync(fd)
 
     def close(self) -> None:
         os.close(self._fd)
@@ -236,7 +251,7 @@ def replay(
             continue
         except OSError as error:
             raise ConfigError(f"cannot read the journal file {path} ({error.strerror})") from error
-        entries = [placed.entry for placed in scan(memoryview(view))]
+        entries = _in_use(list(scan(memoryview(view))))
         if entries:
             files.append((entries[0].number, status.st_mtime_ns, entries, place))
     if all(file[0] for file in files):
@@ -255,6 +270,14 @@ def replay(
     records = left.strips.records.values() if left is not None else ()
     kept = [(record.key, record.exchange.old) for record in records if record.exchange is not None]
     return _Replay(store, block_size_shift).run(entries, kept)
+
+
+def _in_use(placed: Sequence[PlacedEntry]) -> list[JournalEntry]:
+    """What counts of the entries that a file has: those that were added since it was emptied last."""
+    if not placed or (placed[0].at and placed[0].entry.checked):
+        return []  # it was being emptied, or never had more than an entry that was cut short
+    use = placed[0].entry.use
+    return [one.entry for one in takewhile(lambda one: one.entry.use == use, placed)]
 
 
 _REPLACED = frozenset({JournalKind.FORGET, JournalKind.REMOVE})

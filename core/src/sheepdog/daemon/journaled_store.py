@@ -110,9 +110,11 @@ class JournaledStore(StoreWrapper):
         journal = self._journal
         if entry_bytes(len(data)) > journal.entry_bytes_max:
             return False
-        self._dirty[key] = object()
-        if not self._try_write_inner(key, data, offset_bytes=offset_bytes):
-            return False
+        try:
+            if not self._try_write_inner(key, data, offset_bytes=offset_bytes):
+                return False
+        finally:
+            self._dirty[key] = object()
         journal.add(JournalKind.STORE, key, bytes(data), offset=offset_bytes)
         return True
 

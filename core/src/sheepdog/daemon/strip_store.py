@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 LOG_BYTES = 64 << 20  # both files
 REDO_BYTES_MAX = 64 << 10  # of one strip; above, flushing the strip costs less than writing it twice
+COPY_BYTES_MAX = 16 << 10  # of a write to a whole copy; above, a group commit of the copies costs less
 INLINE_BYTES_MAX = 64 << 10
 
 
@@ -125,8 +126,9 @@ class StripStore(JournaledStore):
         self.try_read_into = inner.try_read_into  # type: ignore[method-assign]  # saves a call per read
         self._try_write_inner = inner.try_write
         self._dirty = {}
+        self._past_lock = threading.Lock()  # held for moments
         self._past_log: dict[ShardKey, object] = {}
-        """Whole copies changed otherwise than by the log since they were flushed, with what tells a change from others."""
+        """Whole copies changed past the log since they were flushed, with what tells one change from the next."""
         self._log = log
         self.strips_left = log.left.strips if log.made is None else log.made.strips()
         log.serve(self._flush if log.synced else _flush_nothing)
@@ -165,10 +167,16 @@ class StripStore(JournaledStore):
     ) -> None:
         if key.index != REPLICA:
             self._void(key, gone=True)
-        elif not durable:
-            self._past_log[key] = object()
         self.inner.create(key, data, offset_bytes=offset_bytes, size_bytes=size_bytes, sparse=sparse, durable=durable)
+        if key.index == REPLICA and not durable:
+            self._note_past(key)
         self._forget_copy(key)
+
+    def _note_past(self, key: ShardKey) -> None:
+        """The shard was changed past the log. After the change: of a flush meanwhile nobody knows what it found."""
+        if self._log.synced:
+            with self._past_lock:
+                self._past_log[key] = object()
 
     def _forget_copy(self, key: ShardKey) -> None:
         """A whole copy has become another one, or is gone: nothing logged of the former one is replayed.
@@ -185,48 +193,54 @@ class StripStore(JournaledStore):
             self._void(key)
             self.inner.write(key, data, offset_bytes=offset_bytes, durable=durable)
             return
-        journal = self._log.get() if self._log.synced and len(data) <= REDO_BYTES_MAX else None
-        if journal is not None and not journal.failed:
+        journal = self._log.get() if self._log.synced else None
+        if journal is not None and self._logs(journal, key, len(data)):
             self.inner.write(key, data, offset_bytes=offset_bytes, durable=False)
             self._log_write(journal, key, data, offset_bytes)
             if durable:
                 self.sync((key,))
             return
-        journal = self._log.made
-        if journal is None or not journal.mentions(key):
-            if not durable:
-                self._past_log[key] = object()
-            self.inner.write(key, data, offset_bytes=offset_bytes, durable=durable)
-            return
-        self._past_log[key] = object()
-        self.inner.write(key, data, offset_bytes=offset_bytes, durable=False)
-        self.inner.sync((key,))  # with what was logged, which is not replayed over these bytes
-        del self._past_log[key]
-        self._forget_copy(key)
+        logged = journal is not None and journal.mentions(key)
+        self.inner.write(key, data, offset_bytes=offset_bytes, durable=durable and not logged)
+        if logged:
+            self.inner.sync((key,))  # with what was logged, which is not to be replayed over these bytes
+            self._forget_copy(key)
+        elif not durable:
+            self._note_past(key)
 
     def try_write(self, key: ShardKey, data: Buffer, *, offset_bytes: int) -> bool:
         if key[1] != REPLICA:
             return ObjectStore.try_write(self, key, data, offset_bytes=offset_bytes)
-        if not self._try_write_inner(key, data, offset_bytes=offset_bytes):
+        if not self._log.synced:
+            return self._try_write_inner(key, data, offset_bytes=offset_bytes)
+        journal = self._log.made
+        if len(data) > REDO_BYTES_MAX or not self._try_write_inner(key, data, offset_bytes=offset_bytes):
             return False
-        if self._log.synced:
-            journal = self._log.made
-            if journal is None:
-                self._past_log[key] = object()  # whoever flushes it makes a log
-            else:
-                self._log_write(journal, key, data, offset_bytes)
+        if journal is not None and self._logs(journal, key, len(data)):
+            self._log_write(journal, key, data, offset_bytes)
+        else:
+            self._note_past(key)  # whoever flushes it makes a log
         return True
 
+    def _logs(self, journal: Journal, key: ShardKey, length: int) -> bool:
+        """Whether a write to a whole copy is to be logged: it is small, or follows some that were.
+
+        Past the log it must not go then, unless the copy is flushed and the log forgets it.
+        """
+        if journal.failed:
+            return False
+        return length <= COPY_BYTES_MAX or (length <= REDO_BYTES_MAX and journal.mentions(key))
+
     def _log_write(self, journal: Journal, key: ShardKey, data: Buffer, offset: int) -> None:
-        if not journal.add(JournalKind.STORE, key, bytes(data), offset=offset):
-            self._past_log[key] = object()
+        if not journal.add(JournalKind.STORE, key, bytes(data), offset=offset):  # lent
+            self._note_past(key)
 
     def remove(self, key: ShardKey) -> None:
         if key.index != REPLICA:
             self._void(key, gone=True)
-        else:
-            self._past_log[key] = object()
         self.inner.remove(key)
+        if key.index == REPLICA:
+            self._note_past(key)
         self._forget_copy(key)
 
     def retire(self, key: ShardKey, epoch: int) -> None:
@@ -260,10 +274,11 @@ class StripStore(JournaledStore):
             past = list(changes)
         if past:
             self.inner.sync(past)
-            for key in past:
-                # Only what was noted before the flush: another change may have come during it.
-                if changes[key] is not None and self._past_log.get(key) is changes[key]:
-                    del self._past_log[key]
+            with self._past_lock:
+                for key in past:
+                    # Only what was noted before the flush: another change may have come during it.
+                    if changes[key] is not None and self._past_log.get(key) is changes[key]:
+                        del self._past_log[key]
 
     @property
     def flushes_apart(self) -> bool:

@@ -2,8 +2,8 @@
 
 An entry is a 508-byte head, the data, zeros, and an end marker that tells a whole entry from one that was cut by a
 crash. Layout: docs, on-disk layout, section 6. The original leaves bytes 33 to 507 of the head zero and does not look
-at them when it replays; entries of ours use 23 of them, so that strips find their file, new files get their size, the
-halves of a journal know their order and torn data is noticed:
+at them when it replays; entries of ours use 27 of them, so that strips find their file, new files get their size, the
+halves of a journal know their order, and torn data and what is left of a former use of the file are noticed:
 
 ======  ====  =========================================================
 offset  size  field
@@ -13,6 +13,7 @@ offset  size  field
 36      4     CRC-32 of the head (with this field zero) and of the data
 40      8     size of the shard that is made; 0: not stated
 48      8     number of the entry, growing through both files; 0: none
+56      4     which use of the file it is of: all entries in use have the same
 ======  ====  =========================================================
 """
 
@@ -35,8 +36,8 @@ UNIT_BYTES = 512
 HEAD_BYTES = 508
 REPLICA = -1  # index of a whole copy
 
-# magic, kind, oid, offset, size, create, form, strip, crc, shard size, number
-_HEAD = Struct("<IH2xQQQBBHIQQ452x")
+# magic, kind, oid, offset, size, create, form, strip, crc, shard size, number, use
+_HEAD = Struct("<IH2xQQQBBHIQQI448x")
 _MARKER = Struct("<I")
 _CRC = Struct("<I")
 _CRC_OFFSET = 36
@@ -75,6 +76,7 @@ class JournalEntry:
     :param checked: carry what is ours (strip number, checksum, and the rest); False makes the original's form.
     :param size_bytes: of the shard that is made, 0 where it is not stated.
     :param number: of the entry, growing through both files of a journal.
+    :param use: of the file, as it was read.
     """
 
     kind: JournalKind
@@ -86,25 +88,29 @@ class JournalEntry:
     checked: bool = True
     size_bytes: int = 0
     number: int = 0
+    use: int = 0
 
     def __len__(self) -> int:
         """Bytes of the packed entry."""
         return entry_bytes(len(self.data))
 
-    def pack_around(self) -> tuple[Buffer, Buffer]:
-        """What stands before the data and behind it, so that the data need not be copied."""
+    def pack_around(self, use: int = 0) -> tuple[Buffer, Buffer]:
+        """What stands before the data and behind it, so that the data need not be copied.
+
+        :param use: of the file that it goes to.
+        """
         size = len(self.data)
         behind = _MARKER.pack(END_MARKER).rjust(entry_bytes(size) - HEAD_BYTES - size, b"\0")
         fields = (MAGIC, self.kind, self.oid, self.offset, size, self.create)
         if not self.checked:
-            return _HEAD.pack(*fields, _FORM_ORIGINAL, 0, 0, 0, 0), behind
-        head = bytearray(_HEAD.pack(*fields, _FORM_CHECKED, self.index + 1, 0, self.size_bytes, self.number))
+            return _HEAD.pack(*fields, _FORM_ORIGINAL, 0, 0, 0, 0, 0), behind
+        head = bytearray(_HEAD.pack(*fields, _FORM_CHECKED, self.index + 1, 0, self.size_bytes, self.number, use))
         _CRC.pack_into(head, _CRC_OFFSET, zlib.crc32(self.data, zlib.crc32(head)))
         return head, behind
 
-    def pack(self) -> bytes:
+    def pack(self, use: int = 0) -> bytes:
         """The whole entry."""
-        before, behind = self.pack_around()
+        before, behind = self.pack_around(use)
         return b"".join((before, self.data, behind))
 
     @classmethod
@@ -116,7 +122,7 @@ class JournalEntry:
         view = memoryview(buffer)[offset:]
         if len(view) < UNIT_BYTES:
             raise ProtocolError(f"a journal entry has at least {UNIT_BYTES} bytes, {len(view)} are left")
-        magic, kind, oid, start, size, create, form, strip, crc, shard_bytes, number = _HEAD.unpack_from(view)
+        magic, kind, oid, start, size, create, form, strip, crc, shard_bytes, number, use = _HEAD.unpack_from(view)
         length = entry_bytes(size)
         if magic != MAGIC or kind not in _KINDS or length > len(view):
             raise ProtocolError(f"no journal entry at {offset}")
@@ -131,7 +137,7 @@ class JournalEntry:
                 raise ProtocolError(f"the journal entry at {offset} has a wrong checksum")
         if not checked:
             return cls(JournalKind(kind), oid, start, data, bool(create), checked=False)
-        return cls(JournalKind(kind), oid, start, data, bool(create), strip - 1, True, shard_bytes, number)
+        return cls(JournalKind(kind), oid, start, data, bool(create), strip - 1, True, shard_bytes, number, use)
 
 
 class PlacedEntry(NamedTuple):
