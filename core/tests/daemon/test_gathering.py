@@ -3,6 +3,7 @@
 import anyio
 import pytest
 
+from sheepdog.daemon import gathering
 from sheepdog.daemon.clock import SystemClock
 from sheepdog.daemon.gathering import WAIT_MAX_S, Gathering
 from sheepdog.daemon.outbox import Outbox
@@ -141,3 +142,33 @@ async def test_timers_of_a_real_loop():
                 await anyio.sleep(0.001)
 
     assert hands.flushes == [2, 2, 1]
+
+
+@pytest.mark.parametrize("asleep", range(1, 12))
+async def test_one_timer_for_many_groups(monkeypatch, asleep):
+    """A group that begins to wait while the timer of an earlier one is asleep is not forgotten, however late."""
+    hands = Hands()
+    sleeps = 0
+
+    async def sleep(seconds):
+        nonlocal sleeps
+        sleeps += 1
+        hands.now += seconds
+        if sleeps == asleep:
+            with hands.outbox:
+                hands.add(4)
+            hands.end(0.01)
+            hands.add()
+
+    with hands.outbox:
+        hands.add(4)
+    hands.end(0.01)
+    hands.add()
+    assert len(hands.tasks) == 1
+    hands.add(3)  # complete before its time
+    hands.end(0.01)
+    monkeypatch.setattr(gathering.anyio, "sleep", sleep)
+    while hands.tasks:
+        await hands.tasks.pop()()
+
+    assert hands.flushes == ([4, 4, 4, 1] if asleep <= sleeps else [4, 4])

@@ -85,7 +85,7 @@ class Gathering:
     async def _wait(self) -> None:
         """Begins groups whose time has come. One task for many of them: to start one costs more than to wake it up."""
         idle = 0
-        while idle < IDLE_MAX:
+        while self._deadline or idle < IDLE_MAX:
             left = self._deadline - self._clock.monotonic() if self._deadline else WAIT_MAX_S
             if left > 0:
                 idle = 0 if self._deadline else idle + 1
