@@ -70,7 +70,8 @@ class Journal:
         self.failed = False
         self.gone = False  # no file is left that could be replayed
         self.entry_bytes_max = size_bytes // 2
-        self._lock = threading.Condition()  # of what follows; held for moments
+        self._mutex = threading.RLock()  # of what follows; held for moments
+        self._lock = threading.Condition(self._mutex)
         self._pending: list[JournalEntry] = []
         self._applying: set[int] = set()  # entries whose change is not made yet
         self._full: JournalFile | None = None  # waits to be emptied
@@ -118,7 +119,7 @@ class Journal:
 
         :param applying: the change is still to be made; ``applied`` tells when it is.
         """
-        with self._lock:
+        with self._mutex:
             if self.failed:
                 return 0
             self._number = number = self._number + 1

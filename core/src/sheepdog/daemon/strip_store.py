@@ -194,13 +194,15 @@ class StripStore(JournaledStore):
             self.inner.write(key, data, offset_bytes=offset_bytes, durable=durable)
             return
         journal = self._log.get() if self._log.synced else None
-        if journal is not None and self._logs(journal, key, len(data)):
+        logged = journal is not None and journal.mentions(key)
+        if journal is not None and len(data) <= (REDO_BYTES_MAX if logged else COPY_BYTES_MAX):
+            # Past the log, what follows logged changes costs a flush of the copy and a note that the log forgets it.
             self.inner.write(key, data, offset_bytes=offset_bytes, durable=False)
-            self._log_write(journal, key, data, offset_bytes)
+            if not journal.add(JournalKind.STORE, key, bytes(data), offset=offset_bytes):  # lent
+                self._note_past(key)
             if durable:
                 self.sync((key,))
             return
-        logged = journal is not None and journal.mentions(key)
         self.inner.write(key, data, offset_bytes=offset_bytes, durable=durable and not logged)
         if logged:
             self.inner.sync((key,))  # with what was logged, which is not to be replayed over these bytes
@@ -216,24 +218,13 @@ class StripStore(JournaledStore):
         journal = self._log.made
         if len(data) > REDO_BYTES_MAX or not self._try_write_inner(key, data, offset_bytes=offset_bytes):
             return False
-        if journal is not None and self._logs(journal, key, len(data)):
-            self._log_write(journal, key, data, offset_bytes)
-        else:
+        if not (
+            journal is not None
+            and (len(data) <= COPY_BYTES_MAX or journal.mentions(key))
+            and journal.add(JournalKind.STORE, key, bytes(data), offset=offset_bytes)  # lent
+        ):
             self._note_past(key)  # whoever flushes it makes a log
         return True
-
-    def _logs(self, journal: Journal, key: ShardKey, length: int) -> bool:
-        """Whether a write to a whole copy is to be logged: it is small, or follows some that were.
-
-        Past the log it must not go then, unless the copy is flushed and the log forgets it.
-        """
-        if journal.failed:
-            return False
-        return length <= COPY_BYTES_MAX or (length <= REDO_BYTES_MAX and journal.mentions(key))
-
-    def _log_write(self, journal: Journal, key: ShardKey, data: Buffer, offset: int) -> None:
-        if not journal.add(JournalKind.STORE, key, bytes(data), offset=offset):  # lent
-            self._note_past(key)
 
     def remove(self, key: ShardKey) -> None:
         if key.index != REPLICA:
