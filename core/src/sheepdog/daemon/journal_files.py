@@ -35,7 +35,7 @@ HEADER_PART_BYTES = 572  # of an inode, as much as names its block size
 
 
 JOURNAL = "journal_file"  # what the original calls them
-STRIPS = "strip_log"  # a journal of erasure-coded strips only
+STRIPS = "strip_log"  # a journal of erasure-coded strips, and of small writes to whole copies
 
 
 def file_paths(directory: str, name: str = JOURNAL) -> tuple[str, str]:

@@ -1,13 +1,18 @@
-"""Erasure-coded strips without ``-j``: a journal of their own, so that a change of stripes can be taken back.
+"""Small changes without ``-j``: a log of the store's own, for strips and for whole copies.
 
-A change of a strip in place is the only one that needs what was there before. A small one is journaled with its old and
-its new bytes: one sequential write for all that are waiting, and the strip itself is flushed when a file of the journal
-is full. Of a large one the old bytes are journaled, then the strip is written and flushed. With ``-n`` nothing is
-flushed: the entries lie in the page cache, where the death of the process leaves them.
+*Strips.* A change of a strip in place needs what was there before, so that it can be taken back. A small one is logged
+with its old and its new bytes: one sequential write for all that are waiting, and the strip itself is flushed when a
+file of the log is full. Of a large one the old bytes are logged, then the strip is written and flushed. With ``-n``
+nothing is flushed: the entries lie in the page cache, where the death of the process leaves them.
 
-The files (``strip_log0`` and ``strip_log1`` in the base directory) are made when the first strip is changed, and gone
-after a clean end. Whatever else happens to a shard (it is made anew, removed, set aside) first sees to it that nothing
-journaled of it is replayed later.
+*Whole copies.* A small write is made in the page cache and then logged; it is durable when its entry is. That costs one
+flush for all that are waiting, instead of one for each object. With ``-n`` copies are not logged. A larger write goes
+*past* the log: the copy itself is flushed. Where the log has changes of the copy that a replay would make again, the
+log is told to forget them when the copy has them.
+
+The files (``strip_log0`` and ``strip_log1`` in the base directory, a name older than their second use) are made with
+the first such change, and gone after a clean end. Whatever else happens to a shard (it is made anew, removed, set
+aside) sees to it that nothing logged of it is replayed later.
 """
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ INLINE_BYTES_MAX = 64 << 10
 
 
 class StripLog:
-    """The journal of strips, made when it is needed. Thread-safe."""
+    """The journal of strips and of small writes, made when it is needed. Thread-safe."""
 
     def __init__(self, directory: str, *, synced: bool, size_bytes: int = LOG_BYTES) -> None:
         """
@@ -108,7 +113,7 @@ class StripLog:
                 try:
                     self._made = self._make()
                 except ConfigError as error:
-                    logger.error("%s; changes of strips cannot be taken back after a crash", error)
+                    logger.error("%s; no log: changes of strips cannot be taken back after a crash", error)
                     self._given_up = True
             return self._made
 
@@ -119,7 +124,7 @@ class StripLog:
 
 
 class StripStore(JournaledStore):
-    """A store whose strips have a journal."""
+    """A store with a journal of its strips and of small writes to its whole copies."""
 
     def __init__(self, inner: ObjectStore, log: StripLog) -> None:
         StoreWrapper.__init__(self, inner)
