@@ -98,6 +98,31 @@ def test_clean_stop_and_skip(one):
     assert read(one, "alpha", 0, 5000) == bytes(5000)
 
 
+@pytest.mark.parametrize("one", [()], indirect=True)
+def test_small_writes_without_a_journal(one):
+    """Without ``-j`` a small write is in the log of the base directory, and comes back although the object's file lost it.
+
+    A clean stop leaves no log, and the objects have all of it.
+    """
+    one.dog("vdi", "create", "alpha", "8M")
+    write(one, "alpha", 0, pattern(1, 4 * MiB))
+    path = object_file(one, data_oid(vid(one, "alpha"), 0))
+    without = path.read_bytes()
+    write(one, "alpha", 5000, pattern(2, 4096))
+    write(one, "alpha", 7000, pattern(3, 4096))
+    one.kill(0)
+    path.write_bytes(without)  # as if the power had been lost: nobody flushed the file
+
+    one.restart(0)
+
+    expected = pattern(1, 4 * MiB)[:5000] + pattern(2, 4096)[:2000] + pattern(3, 4096)
+    assert read(one, "alpha", 0, 11096) == expected
+    write(one, "alpha", 8000, pattern(4, 4096))
+    assert one.stop(0) == 0
+    assert not list(one.sheep[0].directory.glob("strip_log?"))
+    assert path.read_bytes()[8000:12096] == pattern(4, 4096)
+
+
 def test_switches(one):
     """JRN-3: more than the journal holds, both halves in turn; a kill right after loses nothing acknowledged."""
     one.dog("vdi", "create", "alpha", "64M")
