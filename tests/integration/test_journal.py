@@ -100,7 +100,7 @@ def test_clean_stop_and_skip(one):
 
 @pytest.mark.parametrize("one", [()], indirect=True)
 def test_small_writes_without_a_journal(one):
-    """Without ``-j`` a small write is in the log of the base directory, and comes back although the object's file lost it.
+    """Without ``-j`` a small write is in a log, and comes back when the object's file has lost it.
 
     A clean stop leaves no log, and the objects have all of it.
     """
