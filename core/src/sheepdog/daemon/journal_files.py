@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 
 from sheepdog.contracts.store import ObjectStore, ShardKey, Staged
+from sheepdog.daemon.storedir import sync_directory
 from sheepdog.daemon.strip_memory import StripChange, StripMemory
 from sheepdog.errors import ConfigError, ObjectNotFound, StoreDeviceError, StoreError, StoreFull
 from sheepdog.model.ids import inode_oid, is_sparse, object_bytes, vid_of
@@ -94,7 +95,7 @@ class JournalFile:
             os.ftruncate(self._fd, 0)
             os.posix_fallocate(self._fd, 0, size_bytes)
             os.fsync(self._fd)
-            _sync_directory(os.path.dirname(path))
+            sync_directory(os.path.dirname(path))
         except OSError as error:
             os.close(self._fd)
             with suppress(OSError):
@@ -188,7 +189,7 @@ class JournalFile:
         self.close()
         with suppress(FileNotFoundError):
             os.unlink(self.path)
-        _sync_directory(os.path.dirname(self.path))
+        sync_directory(os.path.dirname(self.path))
 
 
 def _lock(fd: int, path: str) -> None:
@@ -214,14 +215,6 @@ def refuse_if_used(directory: str) -> None:
             _lock(fd, path)
         finally:
             os.close(fd)
-
-
-def _sync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 # ---- replay
