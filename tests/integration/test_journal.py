@@ -123,6 +123,28 @@ def test_small_writes_without_a_journal(one):
     assert path.read_bytes()[8000:12096] == pattern(4, 4096)
 
 
+@pytest.mark.parametrize("one", [()], indirect=True)
+def test_another_program_after_a_crash(one):
+    """What an original sheep, which ignores our log, stored after a crash is not undone: the log is kept aside."""
+    one.dog("vdi", "create", "alpha", "8M")
+    write(one, "alpha", 0, pattern(1, 4 * MiB))
+    write(one, "alpha", 5000, pattern(2, 4096))
+    directory = one.sheep[0].directory
+    path = object_file(one, data_oid(vid(one, "alpha"), 0))
+    one.kill(0)
+    path.write_bytes(pattern(3, 4 * MiB))
+    config, new = directory / "config", directory / "config.new"
+    new.write_bytes(config.read_bytes())
+    os.utime(new, (config.stat().st_mtime + 10,) * 2)
+    new.rename(config)
+
+    one.restart(0)
+
+    assert read(one, "alpha", 0, 4 * MiB) == pattern(3, 4 * MiB)
+    assert (directory / "strip_log0.unused").exists()
+    assert "something else has used" in one.sheep[0].log_tail()
+
+
 def test_switches(one):
     """JRN-3: more than the journal holds, both halves in turn; a kill right after loses nothing acknowledged."""
     one.dog("vdi", "create", "alpha", "64M")

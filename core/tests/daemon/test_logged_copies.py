@@ -266,3 +266,17 @@ def test_without_flushes_nothing_is_logged(tmp_path):
 
     assert machine.log.made is None
     assert not machine.store._past_log
+
+
+def test_disks_of_their_own(tmp_path):
+    """Where objects are on other devices than the log, small writes flush them, and are there without the log."""
+    machine = Machine(str(tmp_path))
+    machine.log.of_copies = False
+    machine.create(COPY, b"a")
+    machine.write(COPY, b"c" * 4096)
+
+    assert machine.inner.flushed == [COPY]
+    assert machine.log.made is None
+    assert not machine.store._past_log
+    machine.lose_power()
+    assert machine.get(COPY)[:4097] == b"c" * 4096 + b"a"

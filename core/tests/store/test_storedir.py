@@ -11,7 +11,14 @@ from dataclasses import replace
 import pytest
 
 from sheepdog.daemon import storedir
-from sheepdog.daemon.storedir import StoreDirectory, check_config, check_vnodes, create_directory, parse_path
+from sheepdog.daemon.storedir import (
+    StoreDirectory,
+    check_config,
+    check_vnodes,
+    create_directory,
+    parse_path,
+    same_device,
+)
 from sheepdog.daemon.storedir import usable_disks as usable
 from sheepdog.errors import ConfigError
 from sheepdog.model.clusterinfo import ClusterFlag, DiskConfig, mode_flag
@@ -91,6 +98,16 @@ def test_mode_of_directories(tmp_path):
     finally:
         os.umask(old)
     assert os.stat(tmp_path / "new").st_mode & 0o777 == 0o770
+
+
+def test_same_device(tmp_path):
+    """Whether all directories are on one file system; one that is gone is on none."""
+    one = tmp_path / "one"
+    one.mkdir()
+
+    assert same_device(str(tmp_path), [str(one), str(tmp_path)])
+    assert not same_device(str(tmp_path), [str(one), "/proc"])
+    assert not same_device(str(tmp_path), [str(tmp_path / "gone")])
 
 
 def test_usable_disks(tmp_path, caplog):

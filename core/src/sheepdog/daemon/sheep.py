@@ -375,7 +375,7 @@ async def _run_sheep(
     from sheepdog.daemon.journal_files import Left
     from sheepdog.daemon.journaled_store import JournaledStore
     from sheepdog.daemon.recovery_notes import FileNotes
-    from sheepdog.daemon.storedir import StoreDirectory, usable_disks
+    from sheepdog.daemon.storedir import StoreDirectory, same_device, usable_disks
     from sheepdog.daemon.strip_store import StripLog, StripStore
     from sheepdog.model.limits import NODE_DISKS_MAX
     from sheepdog.model.node import default_zone
@@ -408,6 +408,8 @@ async def _run_sheep(
     space = 0
     if not config.gateway:
         disks = usable_disks(config.disks, config.base)
+        # Small writes to fast disks are not to wait for a slower one, nor to depend on it after a loss of power.
+        strips.of_copies &= same_device(config.base, disks)
         if by_disk and len(disks) > NODE_DISKS_MAX:
             raise ConfigError(f"{len(disks)} disks; with --disk-vnodes a sheep has at most {NODE_DISKS_MAX}")
         checksum_files = ChecksumFiles(

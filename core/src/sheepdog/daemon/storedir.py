@@ -110,6 +110,15 @@ def usable_disks(disks: Sequence[str], base: str) -> tuple[str, ...]:
     return tuple(kept.values())
 
 
+def same_device(base: str, disks: Iterable[str]) -> bool:
+    """All these directories exist, and are on the file system of ``base``."""
+    try:
+        device = os.stat(base).st_dev
+        return all(os.stat(path).st_dev == device for path in disks)
+    except OSError:
+        return False
+
+
 class StoreDirectory:
     """One sheep's base directory, which exists."""
 

@@ -49,6 +49,8 @@ class StripLog:
         """
         self._directory = directory
         self.synced = synced
+        self.of_copies = synced
+        """Small writes to whole copies are logged, too."""
         self._size_bytes = size_bytes
         self._lock = threading.Lock()
         self._made: Journal | None = None
@@ -179,7 +181,7 @@ class StripStore(JournaledStore):
 
     def _note_past(self, key: ShardKey) -> None:
         """The shard was changed past the log. After the change: of a flush meanwhile nobody knows what it found."""
-        if self._log.synced:
+        if self._log.of_copies:
             with self._past_lock:
                 self._past_log[key] = object()
 
@@ -198,7 +200,7 @@ class StripStore(JournaledStore):
             self._void(key)
             self.inner.write(key, data, offset_bytes=offset_bytes, durable=durable)
             return
-        journal = self._log.get() if self._log.synced else None
+        journal = self._log.get() if self._log.of_copies else None
         logged = journal is not None and journal.mentions(key)
         if journal is not None and len(data) <= (REDO_BYTES_MAX if logged else COPY_BYTES_MAX):
             # Past the log, what follows logged changes costs a flush of the copy and a note that the log forgets it.
@@ -218,7 +220,7 @@ class StripStore(JournaledStore):
     def try_write(self, key: ShardKey, data: Buffer, *, offset_bytes: int) -> bool:
         if key[1] != REPLICA:
             return ObjectStore.try_write(self, key, data, offset_bytes=offset_bytes)
-        if not self._log.synced:
+        if not self._log.of_copies:
             return self._try_write_inner(key, data, offset_bytes=offset_bytes)
         journal = self._log.made
         if len(data) > REDO_BYTES_MAX or not self._try_write_inner(key, data, offset_bytes=offset_bytes):
@@ -260,7 +262,7 @@ class StripStore(JournaledStore):
 
     def sync(self, keys: Iterable[ShardKey]) -> None:
         log = self._log
-        if not log.synced:
+        if not log.of_copies:
             self.inner.sync(keys)
             return
         changes = {key: self._past_log.get(key) for key in keys}
@@ -278,7 +280,7 @@ class StripStore(JournaledStore):
 
     @property
     def flushes_apart(self) -> bool:
-        journal = self._log.made
+        journal = self._log.made if self._log.of_copies else None
         return (journal is None or journal.failed) and self.inner.flushes_apart
 
     # ---- strips
