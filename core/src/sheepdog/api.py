@@ -28,6 +28,7 @@ from sheepdog.contracts.cluster import (
 )
 from sheepdog.contracts.frontend import FrontEnd, FrontEndContext
 from sheepdog.contracts.hookspecs import hookimpl
+from sheepdog.contracts.incoming import Gathered, Incoming
 from sheepdog.contracts.redundancy import (
     RedundancyFactory,
     RedundancyScheme,
@@ -196,10 +197,12 @@ __all__ = [
     "FileStore",
     "FrontEnd",
     "FrontEndContext",
+    "Gathered",
     "GroupMember",
     "GroupSession",
     "GroupState",
     "Halted",
+    "Incoming",
     "InvalidParameters",
     "JoinRefused",
     "Joined",

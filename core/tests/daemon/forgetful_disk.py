@@ -11,6 +11,7 @@ import shutil
 import threading
 from contextlib import ExitStack
 
+from sheepdog.contracts.incoming import Gathered
 from sheepdog.contracts.store import StoreOptions
 from sheepdog.daemon.journal import Journal
 from sheepdog.daemon.journal_files import JOURNAL, STRIPS, Left, file_paths, replay
@@ -57,6 +58,9 @@ class ForgetfulStore:
             self.inner.create(key, data, durable=durable, **how)
             if durable:
                 self.safe.pop(key, None)
+
+    def receive(self, key, size_bytes, *, sparse):
+        return Gathered(self, key, size_bytes, sparse=sparse)
 
     def write(self, key, data, *, offset_bytes, durable):
         with self.lock:

@@ -149,6 +149,20 @@ def test_made_anew(machine):
     assert machine.get(COPY) == b"d" * SIZE
 
 
+def test_received(machine):
+    """The same when the one that replaced it came in pieces, as in recovery."""
+    machine.write(COPY, b"c" * 4096)
+    for durable in (True, False):
+        incoming = machine.store.receive(COPY, SIZE, sparse=False)
+        incoming.write(b"d" * SIZE, offset_bytes=0)
+        incoming.finish(durable=durable)
+        machine.store.sync((COPY,))
+
+        machine.lose_power()
+
+        assert machine.get(COPY) == b"d" * SIZE
+
+
 def test_removed(machine):
     """An object that was removed stays away, also when one of its name was made since."""
     machine.write(COPY, b"c" * 4096)

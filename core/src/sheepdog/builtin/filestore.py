@@ -28,6 +28,7 @@ from sheepdog.api import (
     Buffer,
     ConfigError,
     DiskInfo,
+    Incoming,
     ObjectNotFound,
     ObjectStore,
     ShardKey,
@@ -53,6 +54,7 @@ from sheepdog.builtin.filestore_disk import (
     parse_file_name,
     refuse_another_layout,
 )
+from sheepdog.builtin.filestore_incoming import IncomingFile, new_file
 from sheepdog.builtin.filestore_names import Renamed, Unflushed
 from sheepdog.builtin.filestore_spares import Spares
 
@@ -62,12 +64,10 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-FILE_MODE = 0o660
 _RING_POSITION_BYTES = 16 << 20  # weight of one position of a disk on the ring, for the log
 _VNODE_BYTES = 4 << 30  # the same where vnodes belong to disks
 _READ = os.O_RDONLY
 _WRITE = os.O_WRONLY
-_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _NO_NOWAIT = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS})
 
 
@@ -169,14 +169,9 @@ class FileStore(ObjectStore):
         self, disk: Disk, path: str, fill: Callable[[int], None], *, durable: bool, finish: Callable[[str], None]
     ) -> None:
         """A temporary file beside ``path`` was filled and given to ``finish``; after an error nothing of it is left."""
-        temporary = f"{path}.{next(self._serial):x}{TEMPORARY}"
-        directory = os.path.dirname(path)
+        temporary = self._temporary(path)
         try:
-            try:
-                fd = os.open(temporary, _CREATE, FILE_MODE)
-            except FileNotFoundError:  # somebody removed the sub-directory; the disk itself was found good
-                disk.make_directories()
-                fd = os.open(temporary, _CREATE, FILE_MODE)
+            fd = new_file(disk, temporary)
             try:
                 try:
                     fill(fd)
@@ -189,12 +184,34 @@ class FileStore(ObjectStore):
                 with suppress(OSError):
                     os.unlink(temporary)
                 raise
-            if durable:
-                io.sync_directory(directory)
-            else:
-                self._renamed.note((directory,))
+            self._named(path, durable)
         except OSError as error:
             raise disk.trouble(error, f"creating {os.path.basename(path)}") from error
+
+    def _named(self, path: str, durable: bool) -> None:
+        """A file has got its name."""
+        directory = os.path.dirname(path)
+        if durable:
+            io.sync_directory(directory)
+        else:
+            self._renamed.note((directory,))
+
+    def _temporary(self, path: str) -> str:
+        return f"{path}.{next(self._serial):x}{TEMPORARY}"
+
+    def receive(self, key: ShardKey, size_bytes: int, *, sparse: bool) -> Incoming:
+        paths = self._paths
+        disk, path = paths.disk_of(key), paths[key]
+        temporary = self._temporary(path)
+
+        def become(durable: bool) -> None:
+            with self._names:
+                if self._paths is not paths:
+                    raise StoreBusy(f"{file_name(key)}: the disks have changed")
+                self._become(paths, key, temporary, path)
+            self._named(path, durable)
+
+        return IncomingFile(disk, temporary, size_bytes, sparse=sparse, become=become)
 
     def _become(self, paths: Paths, key: ShardKey, temporary: str, path: str) -> None:
         """The temporary file is the one live version."""
@@ -234,7 +251,7 @@ class FileStore(ObjectStore):
 
     def _write_slowly(self, path: str, key: ShardKey, data: memoryview, offset: int, durable: bool) -> None:
         if len(data) >= io.BLOCK_BYTES and is_sparse(key.oid):
-            self._write_sparse(path, data, offset, durable)
+            self._punch = io.write_sparse(path, data, offset, durable=durable, punch=self._punch)
         elif not (
             self._direct
             and is_data(key.oid)
@@ -244,23 +261,6 @@ class FileStore(ObjectStore):
             io.write_file(path, data, offset, os.O_DSYNC if durable else 0)
         if durable:
             self._sync_names(os.path.dirname(path))
-
-    def _write_sparse(self, path: str, data: memoryview, offset: int, durable: bool) -> None:
-        """Zero blocks at both ends become holes; the rest is reserved before it is written: all of it or nothing."""
-        fd = os.open(path, _WRITE)
-        try:
-            start, stop = io.trim_zero_blocks(data, offset) if self._punch else (0, len(data))
-            if stop > start:
-                io.reserve_range(fd, offset + start, stop - start)
-                io.write_all(fd, data[start:stop], offset + start)
-            for begin, end in ((0, start), (stop, len(data))):
-                if begin < end and not (self._punch and io.punch_hole(fd, offset + begin, end - begin)):
-                    self._punch = False
-                    io.write_all(fd, data[begin:end], offset + begin)
-            if durable:
-                os.fdatasync(fd)
-        finally:
-            os.close(fd)
 
     # ---- whole contents
 

@@ -158,6 +158,29 @@ def fill_new(fd: int, data: memoryview, offset: int, size: int, *, sparse: bool)
     write_all(fd, data[start:stop], offset + start)
 
 
+def write_sparse(path: str, data: memoryview, offset: int, *, durable: bool, punch: bool) -> bool:
+    """Zero blocks at both ends become holes; the rest is reserved before it is written: all of it or nothing.
+
+    :param punch: the file system can make holes, as far as is known.
+    :return: whether it still seems so.
+    """
+    fd = os.open(path, os.O_WRONLY)
+    try:
+        start, stop = trim_zero_blocks(data, offset) if punch else (0, len(data))
+        if stop > start:
+            reserve_range(fd, offset + start, stop - start)
+            write_all(fd, data[start:stop], offset + start)
+        for begin, end in ((0, start), (stop, len(data))):
+            if begin < end and not (punch and punch_hole(fd, offset + begin, end - begin)):
+                punch = False
+                write_all(fd, data[begin:end], offset + begin)
+        if durable:
+            os.fdatasync(fd)
+    finally:
+        os.close(fd)
+    return punch
+
+
 class SourceFailed(Exception):
     """Reading the source of a copy failed, as opposed to writing the target."""
 

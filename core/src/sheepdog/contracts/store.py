@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
+from sheepdog.contracts.incoming import Gathered, Incoming
 from sheepdog.model.node import NodeId
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -104,6 +105,13 @@ class ObjectStore(ABC):
         :param durable: on return the shard survives power loss.
         :raises StoreFull: nothing changed.
         """
+
+    def receive(self, key: ShardKey, size_bytes: int, *, sparse: bool) -> Incoming:
+        """A shard that comes in pieces; nothing of it is there before it is finished. Quick: waits for no disk.
+
+        A store overrides it to write pieces down as they come. :param sparse: as for ``create``.
+        """
+        return Gathered(self, key, size_bytes, sparse=sparse)
 
     @abstractmethod
     def write(self, key: ShardKey, data: Buffer, *, offset_bytes: int, durable: bool) -> None:

@@ -28,9 +28,11 @@ import logging
 import threading
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from xxhash import xxh3_64_intdigest
 
+from sheepdog.contracts.incoming import Incoming
 from sheepdog.contracts.store import Buffer, ObjectStore, ShardKey, Staged, Verified
 from sheepdog.daemon.block_sums import (
     BLOCK_BYTES,
@@ -46,6 +48,7 @@ from sheepdog.daemon.block_sums import (
 )
 from sheepdog.daemon.checksum_files import ChecksumFiles, Saved
 from sheepdog.daemon.store_wrapper import StoreWrapper
+from sheepdog.daemon.summed_incoming import SummedIncoming
 from sheepdog.errors import ShardCorrupt, StoreBusy, StoreError
 
 logger = logging.getLogger(__name__)
@@ -303,22 +306,22 @@ class ChecksummedStore(StoreWrapper):
             return
         sums = state.sums if state.sums is not None else self._blank(key, state)
         # Blocks at the ends that the data covers in part, with their old bytes if those are right.
-        partial: dict[int, bytearray | None] = {}
+        ends: dict[int, bytearray | None] = {}
         for block in {offset >> 12, (end - 1) >> 12}:
             begin = block << 12
             if begin < offset or min(begin + BLOCK_BYTES, state.size) > end:
-                partial[block] = self._old_block(key, state, block)
+                ends[block] = self._old_block(key, state, block)
         self.inner.write(key, data, offset_bytes=offset, durable=durable)
         first_block, last_block = offset >> 12, (end - 1) >> 12
-        if not partial and not end & INSIDE:
+        if not ends and not end & INSIDE:
             sums[first_block : last_block + 1] = sums_of(data)
             return
         for block in range(first_block, last_block + 1):
             begin = block << 12
-            if block not in partial:
+            if block not in ends:
                 sums[block] = sum_of(data[begin - offset : begin - offset + BLOCK_BYTES])
                 continue
-            old = partial[block]
+            old = ends[block]
             if old is None:
                 continue
             first, last = max(begin, offset), min(begin + len(old), end)
@@ -358,6 +361,18 @@ class ChecksummedStore(StoreWrapper):
     def create(
         self, key: ShardKey, data: Buffer, *, offset_bytes: int, size_bytes: int, sparse: bool, durable: bool
     ) -> None:
+        how = {"offset_bytes": offset_bytes, "size_bytes": size_bytes}
+        make = partial(self.inner.create, key, data, **how, sparse=sparse, durable=durable)
+        self._make_anew(key, size_bytes, durable, make, lambda: sums_of_new(memoryview(data), offset_bytes, size_bytes))
+
+    def receive(self, key: ShardKey, size_bytes: int, *, sparse: bool) -> Incoming:
+        inner = self.inner.receive(key, size_bytes, sparse=sparse)
+        return SummedIncoming(inner, size_bytes, partial(self._make_anew, key, size_bytes))
+
+    def _make_anew(
+        self, key: ShardKey, size: int, durable: bool, make: Callable[[], None], sums: Callable[[], array[int]]
+    ) -> None:
+        """``make()`` replaces the shard by one of ``size`` bytes with these sums."""
         old = self._hold(key)
         try:
             with self._lock:
@@ -366,9 +381,7 @@ class ChecksummedStore(StoreWrapper):
                     old.saved = False
             if durable:
                 self._files.flush()
-            self.inner.create(
-                key, data, offset_bytes=offset_bytes, size_bytes=size_bytes, sparse=sparse, durable=durable
-            )
+            make()
         except BaseException:
             if old is not None:
                 with self._lock:
@@ -376,7 +389,7 @@ class ChecksummedStore(StoreWrapper):
                     self._changed[key] = old
                 old.changes += 1
             raise
-        state = _State(size_bytes, sums_of_new(memoryview(data), offset_bytes, size_bytes), saved=False)
+        state = _State(size, sums(), saved=False)
         with self._lock:
             state.period = self._period
             self._put(key, state)

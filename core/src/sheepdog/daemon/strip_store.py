@@ -21,7 +21,9 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
+from sheepdog.contracts.incoming import Incoming
 from sheepdog.contracts.store import REPLICA, Buffer, ObjectStore, ShardKey
 from sheepdog.daemon import journal_files
 from sheepdog.daemon.journal import DEFAULT_SHIFT, Journal
@@ -29,6 +31,7 @@ from sheepdog.daemon.journal_files import STRIPS, Left, file_paths, left_journal
 from sheepdog.daemon.journaled_store import JournaledStore
 from sheepdog.daemon.store_wrapper import StoreWrapper
 from sheepdog.daemon.strip_memory import Record, StripChange, StripMemory
+from sheepdog.daemon.summed_incoming import WrappedIncoming
 from sheepdog.errors import ConfigError, StoreError
 from sheepdog.model.journal_entry import JournalKind, entry_bytes
 
@@ -172,9 +175,17 @@ class StripStore(JournaledStore):
     def create(
         self, key: ShardKey, data: Buffer, *, offset_bytes: int, size_bytes: int, sparse: bool, durable: bool
     ) -> None:
+        make = partial(self.inner.create, key, data, offset_bytes=offset_bytes, size_bytes=size_bytes, sparse=sparse)
+        self._make_anew(key, make, durable=durable)
+
+    def receive(self, key: ShardKey, size_bytes: int, *, sparse: bool) -> Incoming:
+        inner = self.inner.receive(key, size_bytes, sparse=sparse)
+        return WrappedIncoming(inner, partial(self._make_anew, key, inner.finish))
+
+    def _make_anew(self, key: ShardKey, make: Callable[..., None], *, durable: bool) -> None:
         if key.index != REPLICA:
             self._void(key, gone=True)
-        self.inner.create(key, data, offset_bytes=offset_bytes, size_bytes=size_bytes, sparse=sparse, durable=durable)
+        make(durable=durable)
         if key.index == REPLICA and not durable:
             self._note_past(key)
         self._forget_copy(key)

@@ -29,6 +29,7 @@ from sheepdog.errors import ObjectNotFound, ShardCorrupt, StoreError
 from sheepdog.model.ids import data_oid
 from sheepdog.testing.store_disk_checks import DiskChecks
 from sheepdog.testing.store_exchange_checks import ExchangeChecks
+from sheepdog.testing.store_incoming_checks import IncomingChecks
 from sheepdog.testing.store_tools import (
     ASSORTED,
     INODE,
@@ -47,7 +48,7 @@ from sheepdog.testing.store_tools import (
 __all__ = ["StoreKit", "content", "get", "get_stale", "put"]
 
 
-class StoreKit(DiskChecks, ExchangeChecks):
+class StoreKit(DiskChecks, ExchangeChecks, IncomingChecks):
     """Subclass it and supply ``store_factory``."""
 
     @pytest.fixture
