@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import anyio
 import pytest
 
+from sheepdog.contracts.incoming import Gathered, Incoming
 from sheepdog.contracts.store import ShardKey
 from sheepdog.daemon import recovery, recovery_pace
 from sheepdog.daemon.recovery_notes import FileNotes
@@ -317,36 +320,58 @@ async def test_data_of_a_node_without_vnodes(make_store):
         assert digest(await w.sheep[0].objects.read(oid, 0, OBJECT)) == digest(content)
 
 
-async def test_full_disk_during_recovery(make_store, monkeypatch):
+class Cramped(Incoming):
+    """A shard that arrives on a disk which is full until ``full`` says otherwise."""
+
+    def __init__(self, inner, step, full):
+        self.inner = inner
+        self.step = step
+        self.full = full
+
+    def _refuse(self, step):
+        if self.full and step == self.step:
+            self.full.append(step)
+            raise StoreFull("no space")
+
+    def write(self, data, *, offset_bytes):
+        if offset_bytes:
+            self._refuse("write")
+        self.inner.write(data, offset_bytes=offset_bytes)
+
+    def finish(self, *, durable):
+        self._refuse("finish")
+        self.inner.finish(durable=durable)
+
+    def discard(self):
+        self.inner.discard()
+
+
+@pytest.mark.parametrize("step", ["write", "finish"])
+async def test_full_disk_during_recovery(make_store, monkeypatch, step):
     """What finds no space at its new holder stays where it was set aside, is served again once there is space, and only
-    then is cleaned up."""
+    then is cleaned up. Nothing is left of what was received in vain."""
     monkeypatch.setattr(recovery, "ROOM_RETRY_S", 0.1)
     async with world(2, make_store, copies=1) as w:
         oid, content = w.object_on(0, copies=1), random_bytes(1, OBJECT)
         await w.sheep[0].objects.create(oid, 0, content)
-        create, store = w.sheep[1].store.create, w.sheep[1].store
-        full, refused = True, []
-
-        def create_if_there_is_space(*args, **options):
-            if full:
-                refused.append(args)
-                raise StoreFull("no space")
-            create(*args, **options)
-
-        store.create = create_if_there_is_space
+        receive, store = w.sheep[1].store.receive, w.sheep[1].store
+        full = ["from the beginning"]
+        store.receive = lambda *args, **options: Cramped(receive(*args, **options), step, full)
         await w.change(0, 1, storing=(1,))
         with anyio.fail_after(10):
-            while len(refused) < 2:
+            while len(full) < 3:
                 await anyio.sleep(0.01)
         assert w.holders(oid) == [] and w.stale(0) == [(ShardKey(oid), 1)]
         assert w.sheep[1].recovery.status().unfinished
         assert w.sheep[0].recovery.gathered != 2
 
-        full = False
+        full.clear()
         with anyio.fail_after(10):
             while w.stale(0):
                 await anyio.sleep(0.01)
         assert digest(w.content(1, oid)) == digest(content)
+        disk = Path(store.disks()[0].path)
+        assert not list(disk.rglob("*.tmp"))
 
 
 async def test_unchanged_copy_is_taken_up_again(make_store):
@@ -407,6 +432,7 @@ async def test_no_space_is_not_the_end(make_store, monkeypatch):
             create(key, *arguments, **options)
 
         store.create = create_if_space
+        store.receive = lambda key, size, *, sparse: Gathered(store, key, size, sparse=sparse)
         await w.change(1, 2)
         with anyio.fail_after(10):
             while len(attempts) < 3:

@@ -21,12 +21,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import anyio
 
 from sheepdog.contracts.services import Clock, Executor
-from sheepdog.contracts.store import REPLICA, Buffer, ObjectStore, ShardKey
+from sheepdog.contracts.store import REPLICA, ObjectStore, ShardKey
 from sheepdog.daemon.awaiting import result_of
 from sheepdog.daemon.interfaces import RecoveryStatus
 from sheepdog.daemon.outbox import Outbox
@@ -34,6 +34,7 @@ from sheepdog.daemon.peers import PeerPool
 from sheepdog.daemon.placement import Placement, Placer
 from sheepdog.daemon.recovery_aside import Aside
 from sheepdog.daemon.recovery_fetch import LIVE, Finder, Found, RingOf, StaleIndex, VersionReader
+from sheepdog.daemon.recovery_keep import Keeper
 from sheepdog.daemon.recovery_list import LIST_RETRY_S, Lister
 from sheepdog.daemon.recovery_notes import Notes, Progress
 from sheepdog.daemon.recovery_pace import Pace
@@ -102,14 +103,17 @@ class Recovery:
         self.unsettled = Unsettled()  # that of the primary, once there is one
         self._notes = notes if notes is not None else Notes()
         self._delay_s = delay_s
+        self._keep = Keeper(shards, outbox)
+        self.store_shard = self._keep.store
         self._index = StaleIndex(self._store)
         reader = VersionReader(self._store, self._index) if shards is not None else None
         answers = VersionServer(
-            state, shards, reader, lambda: self._progress, lambda oid: self._notes.removed.get(oid, 0)
-        )
+            state, shards, reader, lambda: self._progress, lambda oid: self._notes.removed.get(oid, 0),
+            lambda: self.pace.busy_here(),
+        )  # fmt: skip
         self.serve, self.point = answers.serve, answers.point
         self.requests: Callable[[], int] = int  # of clients and other sheep, so far
-        self.pace = Pace(clock, lambda: self.requests() - answers.served)
+        self.pace = Pace(clock, lambda: self.requests() - answers.served, self._parallel)
         self.throttle, self.set_throttle = self.pace.throttle, self.pace.set_throttle
         self.finder = Finder(state, peers, executor, outbox, reader, lambda: self._progress.lossy, self.pace)
         self.wanted_objects = Wanted(state, outbox)
@@ -123,7 +127,7 @@ class Recovery:
             self._purger = Purger(
                 state, placer, executor, self._index, self.finder, self.wanted, lambda: self._generation
             )
-            self._aside = Aside(state, shards, placer, executor, self._index, self.finder.ring, self._in_lane)
+            self._aside = Aside(state, shards, placer, executor, self._index, self.finder.ring, self._keep.in_lane)
             self.mender = Mender(self, self.finder, state, placer, shards, executor, outbox, spawn)
             self.sweeper = Sweeper(self, state, placer, shards, executor, outbox, spawn)
             shards.removed = self._shard_removed
@@ -473,23 +477,31 @@ class Recovery:
         key = ShardKey(oid)
         if newest and placement.object_bytes >= COMPARE_BYTES_MIN and await self._revive(key, placement, newest):
             return 0
-        found = await self.finder.find(oid, placement, 1, self._progress.gathered, skip_own=True)
+        receive = partial(store.receive, key, placement.object_bytes, sparse=is_sparse(oid))
+        found = await self.finder.find(oid, placement, 1, self._progress.gathered, skip_own=True, receive=receive)
         if not found.parts and self.wildcard:
             anything = await self.finder.find_wildcard(oid, REPLICA, placement)
             found = anything if anything.parts else found  # else what is in doubt stays so
         if not found.parts:
             return self._not_found(key, found)
-        if not await self.wanted(oid, found.version):
+        try:
+            return await self._take(key, found, placement, generation)
+        finally:
+            self.finder.drop(found.incoming)
+
+    async def _take(self, key: ShardKey, found: Found, placement: Placement, generation: int) -> int:
+        """What was found is stored, if it still belongs here."""
+        if not await self.wanted(key.oid, found.version):
             return Result.NO_OBJ
         if self._generation != generation:
             return Result.OLD_NODE_VER
-        content = found.parts[REPLICA]
         # No await from this look to the lane of the shard: a removal that comes later waits there.
-        if self.removed_here(oid):
+        if self.removed_here(key.oid):
             return Result.NO_OBJ
-        result = await self.store_shard(key, content, placement.object_bytes, vouched=found.vouched)
-        self.finder.done_with(content)
-        return result
+        if found.incoming is not None:
+            incoming, found.incoming = found.incoming, None
+            return await self._keep.finish(key, incoming, vouched=found.vouched)
+        return await self.store_shard(key, found.parts[REPLICA], placement.object_bytes, vouched=found.vouched)
 
     def _not_found(self, key: ShardKey, found: Found) -> int:
         if not found.doubtful:
@@ -520,29 +532,8 @@ class Recovery:
                 return False
             if ours != theirs or self._generation != generation or self.removed_here(key.oid):
                 return False
-            return not await self._in_lane(key, lambda: store.revive(key, newest))
+            return not await self._keep.in_lane(key, lambda: store.revive(key, newest))
         return False
-
-    async def store_shard(
-        self, key: ShardKey, content: Buffer, size: int, *, replace: bool = False, vouched: bool = True
-    ) -> int:
-        """The shard is stored; unless one appeared meanwhile, or with ``replace`` in any case. Where checksums do not
-        vouch for the content, the copy must not look better than its source."""
-        assert self._shards is not None
-        store, durable, size = self._store(), self._shards.durable, max(size, len(content))
-
-        def work() -> None:
-            if replace or not store.exists(key):
-                store.create(key, content, offset_bytes=0, size_bytes=size, sparse=is_sparse(key.oid), durable=durable)
-                if not vouched:
-                    store.doubt(key)
-
-        return await self._in_lane(key, work)
-
-    async def _in_lane(self, key: ShardKey, work: Callable[[], Any]) -> int:  # Any: not looked at
-        shards = self._shards
-        assert shards is not None
-        return await result_of(self._outbox, lambda done: shards.run(key, work, done))
 
     # ---- the background task
 

@@ -25,12 +25,14 @@ from typing import Any, TypeAlias
 
 import anyio
 
+from sheepdog.contracts.incoming import Incoming
 from sheepdog.contracts.services import Executor
 from sheepdog.contracts.store import REPLICA, Buffer, ObjectStore, ShardKey
 from sheepdog.daemon.outbox import Outbox
 from sheepdog.daemon.peers import PeerPool
 from sheepdog.daemon.placement import Placement
-from sheepdog.daemon.recovery_pace import PIECE_BYTES_MIN, Pace
+from sheepdog.daemon.recovery_keep import PieceWriter
+from sheepdog.daemon.recovery_pace import PIECE_BYTES, PIECE_BYTES_MIN, Pace
 from sheepdog.daemon.state import SheepState
 from sheepdog.errors import (
     ObjectNotFound,
@@ -48,12 +50,13 @@ from sheepdog.wire.results import Result
 
 logger = logging.getLogger(__name__)
 
-SPARE_MAX = 8  # buffers of whole objects, while recovery is under way
 LIVE = 0xFFFFFFFF  # in place of the epoch of a set-aside version
-# Variant of an answer: epoch of the version (0: none), Progress.lossy, epoch of a removal, whether no checksums vouch.
-VERSION = Struct("<4xIIII")
+# Variant of an answer: epoch of the version (0: none), Progress.lossy, epoch of a removal, whether no checksums vouch,
+# whether whoever answers has clients at work.
+VERSION = Struct("<4xIIIII")
 RINGS_MAX = 4096
 
+Receive: TypeAlias = Callable[[], Incoming]
 RingOf: TypeAlias = Callable[[int], Awaitable[Ring | None]]  # of an epoch; None when nobody knows it
 
 
@@ -166,6 +169,7 @@ class Found:
         have is corrupt.
     :param corrupt: some of it is.
     :param vouched: where the parts come from, checksums say that they are what was stored.
+    :param incoming: what was received into the store already, instead of the content of the one part.
     """
 
     parts: dict[int, Buffer] = field(default_factory=dict)
@@ -173,6 +177,7 @@ class Found:
     doubtful: bool = False
     corrupt: bool = False
     vouched: bool = True
+    incoming: Incoming | None = None
 
 
 @dataclass(slots=True)
@@ -183,6 +188,7 @@ class _Answer:
     removed: int = 0
     corrupt: bool = False  # there is one, but not what was stored
     vouched: bool = True
+    incoming: Incoming | None = None  # that has the content
 
 
 class Finder:
@@ -206,7 +212,7 @@ class Finder:
         self._reader = reader
         self._lossy = lossy
         self._pace = pace
-        self._spare: list[bytearray] = []  # of objects that are stored: new memory is slower than what was used before
+        self._spare: list[bytearray] = []  # for pieces: new memory is slower than what was used before
         self.corrupt: Callable[[ShardCorrupt], None] = _ignore  # told of corrupt shards of our own
         self.ring_of: RingOf = _no_ring
         self._rings: dict[int, Ring | None] = {}
@@ -229,13 +235,22 @@ class Finder:
         return self._rings[epoch]
 
     async def find(
-        self, oid: int, placement: Placement, need: int, gathered: int, *, skip_own: bool, live_only: bool = False
+        self,
+        oid: int,
+        placement: Placement,
+        need: int,
+        gathered: int,
+        *,
+        skip_own: bool,
+        live_only: bool = False,
+        receive: Receive | None = None,
     ) -> Found:
         """The newest ``need`` shards of the object (1 whole copy, or so many strips).
 
         :param gathered: the last epoch to which every member had recovered.
         :param skip_own: our live shard is known to be missing.
         :param live_only: only what the present holders have.
+        :param receive: how a large copy gets into the store while it is received. The caller finishes or drops it.
         :raises TransportError: a holder that matters does not answer now.
         :raises RequestError: OLD_NODE_VER, the epoch moved on.
         """
@@ -271,7 +286,7 @@ class Finder:
                 answer = newest.get((node, index))
                 if answer is None or answer.version >= older:
                     try:
-                        answer = await self.ask(node, ShardKey(oid, index), placement, older)
+                        answer = await self.ask(node, ShardKey(oid, index), placement, older, receive=receive)
                     except TransportError as error:
                         trouble = error
                         continue
@@ -281,9 +296,11 @@ class Finder:
                     found.corrupt = True
                     continue
                 if removed >= older:
+                    self.drop(answer.incoming)
                     return Found()
                 if answer.content is not None:
                     found.parts[index] = answer.content
+                    found.incoming = answer.incoming
                     found.vouched = found.vouched and answer.vouched
                     found.version = min(found.version, answer.version)
                     if len(found.parts) >= need:
@@ -333,10 +350,18 @@ class Finder:
         return found
 
     async def ask(
-        self, node: NodeId, key: ShardKey, placement: Placement, older: int, *, length: int | None = None
+        self,
+        node: NodeId,
+        key: ShardKey,
+        placement: Placement,
+        older: int,
+        *,
+        length: int | None = None,
+        receive: Receive | None = None,
     ) -> _Answer:
         """What ``node`` has of a shard that is live, or was at ``older``.
 
+        :param receive: as for ``find``.
         :raises TransportError: no answer, or not now.
         :raises RequestError: OLD_NODE_VER, the epoch moved on.
         """
@@ -348,86 +373,89 @@ class Finder:
             return await self._ask_own(key, older, length)
         if length <= PIECE_BYTES_MIN:
             return await self._ask_piece(node, key, placement, older, 0, length)
-        return await self._ask_pieces(node, key, placement, older, length)
+        return await self._ask_pieces(node, key, placement, older, length, receive)
 
-    async def _ask_pieces(self, node: NodeId, key: ShardKey, placement: Placement, older: int, length: int) -> _Answer:
-        """As ``ask``, for a large object: several pieces are under way at a time, all received into one buffer.
+    async def _ask_pieces(
+        self, node: NodeId, key: ShardKey, placement: Placement, older: int, length: int, receive: Receive | None
+    ) -> _Answer:
+        """As ``ask``, for a large object: several pieces are under way at a time, into one buffer or into the store.
 
         :raises TransportError: the object was cut off or lost meanwhile, besides what ``ask`` says.
+        :raises StoreError: it cannot be stored.
         """
+        whole = memoryview(bytearray(length if receive is None else 0))
+        incoming = None if receive is None else receive()
         epoch = self._state.epoch
-        piece = self._pace.piece_bytes(key.oid)
-        whole = memoryview(self._room(length))
-        offsets = iter(range(0, length, piece))
+        asked = 0  # up to here
         answers: dict[int, _Answer] = {}
         trouble: list[SheepdogError] = []
         ended = False  # there is no more, or none at all
+        under_way = 0
+
+        writer = None if incoming is None else PieceWriter(incoming, self._executor, self._spare)
 
         async def fetch() -> None:
-            nonlocal ended
-            for offset in offsets:
+            nonlocal asked, ended, under_way
+            while asked < length:
+                offset, size = asked, min(self._pace.piece_bytes(key.oid), length - asked)
+                asked += size
+                counted = await self._pace.breath(key.oid)
+                room = whole[offset : offset + size] if writer is None else memoryview(self._room())[:size]
                 try:
-                    view = whole[offset : offset + piece]
-                    answer = answers[offset] = await self._ask_into(node, key, placement, older, offset, view, epoch)
+                    self._still(epoch)
+                    answer = answers[offset] = await self._ask_into(node, key, placement, older, offset, room)
                 except SheepdogError as error:
                     trouble.append(error)
-                    return
-                ended = ended or answer.content is None or len(answer.content) < len(view)
-                if ended or trouble:
-                    return
+                    break
+                finally:
+                    self._pace.over(counted)
+                content = answer.content
+                if writer is not None and content is not None and len(content):
+                    writer.add(room[: len(content)], offset, self._pace.write_bytes(key.oid))
+                ended = ended or content is None or len(content) < size
+                ahead = self._pace.ahead(key.oid)  # somebody may have come to wait for it, or clients to work
+                if ended or trouble or under_way > ahead:
+                    break
+                if under_way < ahead and asked < length:
+                    start()
+            under_way -= 1
 
-        ahead = self._pace.ahead(key.oid)
-        if ahead == 1:
-            await fetch()
-        else:
+        def start() -> None:
+            nonlocal under_way
+            under_way += 1
+            tasks.start_soon(fetch)
+
+        try:
             async with anyio.create_task_group() as tasks:
-                for _ in range(ahead):
-                    tasks.start_soon(fetch)
-        first = answers.pop(0, None)
-        if first is None:
-            raise trouble[0]
-        if first.content is None:
-            self.done_with(whole)
-            return first
-        for answer in answers.values():
-            if answer.corrupt:
-                self.done_with(whole)
-                return answer
-        if trouble:
-            raise trouble[0]
-        filled = len(first.content)
-        for offset, answer in sorted(answers.items()):
-            if answer.content is None or answer.version != first.version:
-                raise TransportError(f"node {node.text} moved oid={key.oid:016x} while it was read")
-            if offset != filled and len(answer.content):
-                raise TransportError(f"oid={key.oid:016x} grew while it was read from node {node.text}")
-            filled += len(answer.content)
-            first.vouched = first.vouched and answer.vouched
-        first.content = whole[:filled]
-        return first
+                for _ in range(self._pace.ahead(key.oid)):
+                    start()
+            if writer is not None:
+                await writer.all_written()
+            answer, filled = _joined(node, key, answers, trouble)
+            if answer.content is not None:
+                answer.content = whole[:filled]
+                answer.incoming, incoming = incoming, None
+            return answer
+        finally:
+            self.drop(incoming)
 
     async def _ask_into(
-        self, node: NodeId, key: ShardKey, placement: Placement, older: int, offset: int, view: memoryview, epoch: int
+        self, node: NodeId, key: ShardKey, placement: Placement, older: int, offset: int, view: memoryview
     ) -> _Answer:
         """One piece, which is in its place then."""
-        await self._pace.breath(key.oid)
-        self._still(epoch)
         answer = await self._ask_piece(node, key, placement, older, offset, len(view), into=view)
         content = answer.content
         if content is not None and not (isinstance(content, memoryview) and content.obj is view.obj):
             view[: len(content)] = content
         return answer
 
-    def _room(self, length: int) -> bytearray:
-        for position, buffer in enumerate(self._spare):
-            if len(buffer) == length:
-                return self._spare.pop(position)
-        return bytearray(length)
+    def _room(self) -> bytearray:
+        return self._spare.pop() if self._spare else bytearray(PIECE_BYTES)
 
-    def done_with(self, content: Buffer) -> None:
-        """What was found is stored, or not wanted: nobody reads it or fills it any more."""
-        if isinstance(content, memoryview) and isinstance(content.obj, bytearray) and len(self._spare) < SPARE_MAX:
-            self._spare.append(content.obj)
+    def drop(self, incoming: Incoming | None) -> None:
+        """What was received is not wanted, if anything was."""
+        if incoming is not None:
+            self._executor.submit(incoming.discard, _gone)
 
     def rest(self) -> None:
         """Nothing more is to be fetched for now."""
@@ -473,7 +501,9 @@ class Finder:
             node, Op.READ_PEER, key.oid, flags=Flag.RECOVERY, tgt_epoch=older, offset=offset, length=length, into=into,
             ec_index=max(key.index, 0), copy_policy=placement.policy if key.index != REPLICA else 0,
         )  # fmt: skip
-        version, lossy, removed, doubted = VERSION.unpack_from(response.variant.ljust(VERSION.size, b"\0"))
+        version, lossy, removed, doubted, busy = VERSION.unpack_from(response.variant.ljust(VERSION.size, b"\0"))
+        if busy:
+            self._pace.source_busy()
         if response.result == Result.NO_OBJ:
             return _Answer(None, version, lossy, removed)
         if response.result == Result.OLD_NODE_VER:
@@ -510,8 +540,41 @@ class Finder:
         return answers[0]
 
 
+def _joined(
+    node: NodeId, key: ShardKey, answers: dict[int, _Answer], trouble: Sequence[SheepdogError]
+) -> tuple[_Answer, int]:
+    """The answer to a question that was asked in pieces, and how many bytes the pieces have.
+
+    :raises SheepdogError: the trouble that there was, or what was answered does not fit together.
+    """
+    first = answers.pop(0, None)
+    if first is None:
+        raise trouble[0]
+    if first.content is None:
+        return first, 0
+    for answer in answers.values():
+        if answer.corrupt:
+            return answer, 0
+    if trouble:
+        raise trouble[0]
+    filled = len(first.content)
+    for offset, answer in sorted(answers.items()):
+        if answer.content is None or answer.version != first.version:
+            raise TransportError(f"node {node.text} moved oid={key.oid:016x} while it was read")
+        if offset != filled and len(answer.content):
+            raise TransportError(f"oid={key.oid:016x} grew while it was read from node {node.text}")
+        filled += len(answer.content)
+        first.vouched = first.vouched and answer.vouched
+    return first, filled
+
+
 def _ignore(_: ShardCorrupt) -> None:
     """Nobody wants to know."""
+
+
+def _gone(error: Exception | None, _: object) -> None:
+    if error is not None:
+        logger.warning("what was not wanted may be left until the next start: %s", error)
 
 
 async def _no_ring(_: int) -> Ring | None:

@@ -27,13 +27,18 @@ class VersionServer:
         reader: VersionReader | None,
         progress: Callable[[], Progress],
         removed: Callable[[int], int],
+        busy: Callable[[], bool],
     ) -> None:
-        """:param removed: the epoch that an object was removed in, 0 for none that is remembered."""
+        """
+        :param removed: the epoch that an object was removed in, 0 for none that is remembered.
+        :param busy: clients are at work here.
+        """
         self._state = state
         self._shards = shards
         self._reader = reader
         self._progress = progress
         self._removed = removed
+        self._busy = busy
         self.served = 0
         """Requests of other sheep that recover, so far."""
 
@@ -62,7 +67,7 @@ class VersionServer:
                 answer(result, None, b"")
                 return
             view, count, version, vouched = found
-            variant = VERSION.pack(version, self._progress().lossy, self._removed(key.oid), not vouched)
+            variant = VERSION.pack(version, self._progress().lossy, self._removed(key.oid), not vouched, self._busy())
             if count < 0:
                 answer(Result.NO_OBJ, None, variant)
             else:
@@ -80,4 +85,4 @@ class VersionServer:
         """RECOVERY_POINT: result and variant of the answer, which tells the last epoch gathered."""
         if self._progress().ctime != self._state.ctime:
             return Result.NO_OBJ, b""
-        return 0, VERSION.pack(self._progress().gathered, 0, 0, 0)
+        return 0, VERSION.pack(self._progress().gathered, 0, 0, 0, 0)
