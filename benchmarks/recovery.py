@@ -6,7 +6,8 @@ Four sheep on one disk, three copies of everything, a volume filled with random 
   kernel give here (flushed file by file with ``--sync``, as the sheep then do),
 * *death*: one sheep is gone, the three others make its copies again among themselves,
 * *join*: it comes back with an empty directory, the three others fill it,
-* the latency of 4 KiB writes and reads, one at a time, through a sheep that lives on: idle, and during both.
+* the latency of 4 KiB writes and reads, one at a time, through a sheep that lives on: idle, and during both, from the
+  beginning of the recovery to its end.
 
 Bytes are those of the objects that appeared on the disks. Recovery is switched off while the membership changes; the
 time runs from switching it on until every sheep says that nothing is left to recover.
@@ -64,6 +65,8 @@ class Row:
     per_second: float | None = None
     p50_ms: float | None = None
     p99_ms: float | None = None
+    max_ms: float | None = None
+    requests: int | None = None
     of_idle: float | None = None  # the p99, as a multiple of the idle one
 
 
@@ -122,18 +125,18 @@ class Bench:
         self.load("write", 0.2)  # makes the volume of the load
         self.idle = {op: self.load(op, seconds) for op in ("write", "read")}
 
-    def load(self, op: str, seconds: float) -> wire_load.Report:
+    def load(self, op: str, seconds: float, until: Callable[[], bool] | None = None) -> wire_load.Report:
         """4 KiB requests, one at a time, through the first sheep."""
         return wire_load.run_on_loop(
             wire_load.Options(
-                self.cluster.address(0), op=op, depth=1, size=LOAD_OBJECTS * OBJECT_BYTES, seconds=seconds
+                self.cluster.address(0), op=op, depth=1, size=LOAD_OBJECTS * OBJECT_BYTES, seconds=seconds, until=until
             )
         )
 
     def recover(self, what: str, change: Callable[[], None], op: str = "", seconds: float = 0.0) -> list[Row]:
         """The membership has changed, and everything has its copies again.
 
-        :param op: loads of this kind run meanwhile, for so many seconds, which should be less than recovery takes.
+        :param op: a load of this kind runs meanwhile, at most for so many seconds.
         """
         cluster = self.cluster
         self._switch(False)
@@ -147,12 +150,14 @@ class Bench:
         warm(cluster.base, self.size)
         begin = time.perf_counter()
         self._switch(True)
-        thread = threading.Thread(target=lambda: reports.append(self.load(op, seconds)))
+        over = threading.Event()
+        thread = threading.Thread(target=lambda: reports.append(self.load(op, seconds, over.is_set)))
         if op:
             thread.start()
         while any(self._recovers(link) for link in links):
             time.sleep(POLL_S)
         took = time.perf_counter() - begin
+        over.set()
         for link in links:
             link.close()
         if op:
@@ -184,7 +189,14 @@ def latency(what: str, report: wire_load.Report, idle: wire_load.Report | None =
     """As a row."""
     ratio = None if idle is None else round(report.p99_ms / idle.p99_ms, 2)
     return Row(
-        what, report.seconds, per_second=report.per_second, p50_ms=report.p50_ms, p99_ms=report.p99_ms, of_idle=ratio
+        what,
+        report.seconds,
+        per_second=report.per_second,
+        p50_ms=report.p50_ms,
+        p99_ms=report.p99_ms,
+        max_ms=report.max_ms,
+        requests=report.requests,
+        of_idle=ratio,
     )
 
 
@@ -192,14 +204,12 @@ def measure(size: int, *, sync: bool, seconds: float, ops: Sequence[str]) -> Ite
     """All rows, in the order in which they were measured."""
     with tempfile.TemporaryDirectory() as directory:
         plain = copy_row(Path(directory), size * COPIES // NODES // OBJECT_BYTES, sync=sync)
-    taken: dict[str, float] = {}
     with SheepCluster(NODES, driver="local", store="plain", redundancy=str(COPIES), sync=sync) as cluster:
         bench = Bench(cluster, size, seconds)
 
         def changes(during: str, op: str = "") -> Iterator[Row]:
             for what, change in (("death", bench.die), ("join", bench.join)):
-                rows = bench.recover(f"{what}{during}", change, op, min(seconds, taken.get(what, seconds)))
-                taken.setdefault(what, rows[0].seconds)
+                rows = bench.recover(f"{what}{during}", change, op, seconds)
                 assert rows[0].mb_per_second is not None and plain.mb_per_second is not None, "rates were measured"
                 rows[0].of_copy = round(rows[0].mb_per_second / plain.mb_per_second, 2)
                 yield from rows
@@ -223,7 +233,8 @@ def show(row: Row) -> None:
     else:
         compared = "" if row.of_idle is None else f", {row.of_idle:.1f} times the idle one"
         print(
-            f"{row.what:28} {row.per_second:8.0f}/s  p50 {row.p50_ms:7.2f} ms  p99 {row.p99_ms:7.2f} ms{compared}",
+            f"{row.what:28} {row.per_second:8.0f}/s  p50 {row.p50_ms:7.2f} ms  p99 {row.p99_ms:7.2f} ms{compared}"
+            f"; of {row.requests} the longest {row.max_ms:.1f} ms",
             flush=True,
         )
 
@@ -231,7 +242,7 @@ def show(row: Row) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="the rate of recovery, and latencies meanwhile")
     parser.add_argument("--size", type=int, default=1024, metavar="MIB", help="of the volume (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each load, at most (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each load, at most (default: %(default)s)")
     parser.add_argument("--sync", action="store_true", help="everything is flushed, as without sheep -n")
     parser.add_argument("--op", choices=("write", "read"), action="append", help="of clients (default: both)")
     parser.add_argument("--json", action="store_true")

@@ -61,6 +61,7 @@ class Options:
     count: int = 0  # requests; 0: as many as fit into the time
     verify: bool = False
     seed: int = 1
+    until: Callable[[], bool] | None = None  # ends the load before its time
 
 
 @dataclass
@@ -328,6 +329,8 @@ class Load:
             self.finished.set_exception(error)
 
     def more(self) -> bool:
+        if self.options.until is not None and self.options.until():
+            return False
         if self.options.count:
             return self.issued < self.options.count
         return time.perf_counter() < self.deadline
