@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import anyio
@@ -372,6 +374,22 @@ async def test_full_disk_during_recovery(make_store, monkeypatch, step):
         assert digest(w.content(1, oid)) == digest(content)
         disk = Path(store.disks()[0].path)
         assert not list(disk.rglob("*.tmp"))
+
+
+async def test_sources_tell_of_their_clients(make_store, monkeypatch):
+    """Who fetches from a sheep with clients at work hears of it, and takes its time, but does not pass it on."""
+    monkeypatch.setattr(recovery_pace, "BUSY_S", 3600.0)
+    async with world(3, make_store) as w:
+        await w.sheep[0].objects.create(w.object_on(0, 1), 0, random_bytes(1, OBJECT))
+        source, target = w.sheep[1].recovery, w.sheep[2].recovery
+        for plane in w.sheep:
+            plane.recovery.pace = plane.recovery.finder._pace = recovery_pace.Pace(
+                plane.recovery._clock, partial(next, count()) if plane.recovery is source else int, 4
+            )
+        await w.change(1, 2)
+        await w.recovered()
+        assert source.pace.busy_here()
+        assert target.pace.busy() and not target.pace.busy_here()
 
 
 async def test_unchanged_copy_is_taken_up_again(make_store):

@@ -10,6 +10,10 @@ import pytest
 
 from sheepdog.daemon import recovery_pace
 from sheepdog.daemon.recovery_pace import AHEAD, PIECE_BYTES, PIECE_BYTES_MIN, Pace
+from sheepdog.daemon.stats import Stats
+from sheepdog.wire.extensions import SETTLE
+from sheepdog.wire.header import Request
+from sheepdog.wire.opcodes import Op
 
 PIECES = 4
 
@@ -157,3 +161,15 @@ async def test_clients_at_the_source():
     assert w.pace.busy() and not w.pace.busy_here()
     w.now += 2 * recovery_pace.BUSY_S
     assert not w.pace.busy()
+
+
+def test_what_other_sheep_recover_is_no_client():
+    """Requests to settle objects, and copies and strips that are brought, do not slow down the recovery that made
+    them."""
+    stats = Stats()
+    for opcode in (SETTLE, Op.CREATE_AND_WRITE_PEER):
+        stats.peer.began(Request(opcode))
+    assert stats.client_requests() == 0
+    stats.peer.began(Request(Op.WRITE_PEER))
+    stats.gateway.began(Request(Op.READ_OBJ))
+    assert stats.client_requests() == 2

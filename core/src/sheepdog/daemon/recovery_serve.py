@@ -49,10 +49,10 @@ class VersionServer:
         """
         shards, reader = self._shards, self._reader
         assert shards is not None and reader is not None, "asked of a sheep with a store"
+        self.served += 1
         if shards.gate is not None and shards.gate(key):
             answer(Result.NETWORK_ERROR, None, b"")
             return
-        self.served += 1
         epoch = 1 if request.flags & Flag.WILDCARD else request.tgt_epoch
         offset, length = request.offset, request.data_length
 

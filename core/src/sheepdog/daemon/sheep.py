@@ -139,7 +139,7 @@ class Sheep:
             disks=len(parts.store.weights()) if parts.store is not None else 1, wildcard=config.wildcard_recovery,
             notes=parts.notes, delay_s=config.recovery_delay_s,
         )  # fmt: skip
-        self.recovery.requests = self.stats.requests
+        self.recovery.requests = self.stats.client_requests
         throttle = config.recovery_throttle
         self.recovery.set_throttle(throttle.max_exec_count, throttle.interval_ms, throttle.active)
         self.backend.recovery = self.recovery

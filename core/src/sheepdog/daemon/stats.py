@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sheepdog.wire.extensions import FORWARD_CREATE, FORWARD_WRITE
+from sheepdog.wire.extensions import FORWARD_CREATE, FORWARD_WRITE, SETTLE
 from sheepdog.wire.header import FLAG_WRITE, Request
 from sheepdog.wire.opcodes import Op
 
@@ -63,6 +63,10 @@ class Stats:
     def requests(self) -> int:
         """Taken up so far, of clients and of other sheep."""
         return self.gateway.total + self.peer.total
+
+    def client_requests(self) -> int:
+        """As ``requests``, without those by which other sheep have objects settled, or bring copies and strips."""
+        return self.requests() - self.peer.by_opcode[SETTLE] - self.peer.by_opcode[Op.CREATE_AND_WRITE_PEER]
 
     def counters(self) -> tuple[int, ...]:
         """The 15 numbers of STAT in wire order."""
