@@ -148,7 +148,7 @@ def version_text(*, drivers: bool, disk_vnodes: bool) -> str:
     lines = [f"Sheepdog daemon version {VERSION}", "", "Supported features:"]
     if drivers:
         lines.append(drivers_line())
-    present = [name for name in ("http", "nfs") if name in installed("frontend")]
+    present: list[str] = [name for name in ("http", "nfs") if name in installed("frontend")]
     present += ["diskvnodes"] if disk_vnodes else []
     lines.append("\tMiscellaneous: " + " ".join([*present, "trace"]))
     return "\n".join(lines) + "\n"
