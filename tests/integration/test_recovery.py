@@ -280,7 +280,8 @@ def test_short_absence(fresh_cluster: Start) -> None:
     cluster.restart(2)
     in_place(cluster, 2)
 
-    assert {oid for oid, ino in files(2).items() if before[2].get(oid) != ino} <= {written}
+    if "-j" not in cluster.options:  # the replay of a journal makes the files anew
+        assert {oid for oid, ino in files(2).items() if before[2].get(oid) != ino} <= {written}
     at = index_of(written) * MiB
     same_everywhere(cluster, {"short": content[:at] + fresh + content[at + MiB :]})
 

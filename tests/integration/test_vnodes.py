@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -40,9 +41,10 @@ def test_sizes(fresh_cluster: Start, tmp_path: Path) -> None:
     if (lacking := loop_disk.why_not()) is not None:
         missing_service(lacking)
     with ExitStack() as disks:
-        for index, size in enumerate((64, 128, 256, 128)):
-            disks.enter_context(loop_disk.LoopDisk(tmp_path / f"sheep{index}", size * MiB))
-        more = disks.enter_context(loop_disk.LoopDisk(tmp_path / "disk0", 256 * MiB))
+        unit = 64 * MiB if "SHEEPDOG_TEST_JOURNAL" not in os.environ else 192 * MiB
+        for index, size in enumerate((1, 2, 4, 2)):
+            disks.enter_context(loop_disk.LoopDisk(tmp_path / f"sheep{index}", size * unit))
+        more = disks.enter_context(loop_disk.LoopDisk(tmp_path / "disk0", 4 * unit))
         cluster = fresh_cluster(4, base=tmp_path, copies=2)
         assert vnodes(cluster, 0) == by_size(cluster)
         cluster.format()
