@@ -294,3 +294,20 @@ def test_disks_of_their_own(tmp_path):
     assert not machine.store._past_log
     machine.lose_power()
     assert machine.get(COPY)[:4097] == b"c" * 4096 + b"a"
+
+
+def test_scarce_space(tmp_path, monkeypatch):
+    """Where space is scarce no log is made for copies; one that strips have made serves copies as well."""
+    monkeypatch.setattr(strip_store, "ROOM_BYTES", 1 << 80)
+    machine = Machine(str(tmp_path))
+    machine.create(COPY, b"a")
+    machine.write(COPY, b"c" * 4096)
+    assert machine.log.made is None
+    assert machine.inner.flushed == [COPY]
+    machine.lose_power()
+    assert machine.get(COPY)[:4097] == b"c" * 4096 + b"a"
+
+    assert machine.log.get() is not None
+    machine.write(COPY, b"d" * 4096)
+    assert machine.inner.flushed == []
+    machine.log.finish()

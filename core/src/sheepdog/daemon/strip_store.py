@@ -38,6 +38,7 @@ from sheepdog.model.journal_entry import JournalKind, entry_bytes
 logger = logging.getLogger(__name__)
 
 LOG_BYTES = 64 << 20  # both files
+ROOM_BYTES = 1 << 30  # must be free for a log that only copies want
 REDO_BYTES_MAX = 64 << 10  # of one strip; above, flushing the strip costs less than writing it twice
 COPY_BYTES_MAX = 16 << 10  # of a write to a whole copy; above, a group commit of the copies costs less
 INLINE_BYTES_MAX = 64 << 10
@@ -58,6 +59,7 @@ class StripLog:
         self._lock = threading.Lock()
         self._made: Journal | None = None
         self._given_up = False
+        self._scarce: bool | None = None  # not looked at yet
         self._flush: Callable[[Iterable[ShardKey]], None] = _flush_nothing
         self.left = Left()
 
@@ -100,6 +102,15 @@ class StripLog:
         made.serve(self._flush)
         return made
 
+    def _cramped(self) -> bool:
+        """Whole copies can do without a log, and do where it would take space that objects may need soon."""
+        if self._scarce is None:
+            status = os.statvfs(self._directory)
+            self._scarce = status.f_bavail * status.f_frsize < ROOM_BYTES
+            if self._scarce:
+                logger.info("%s has less than 1 GiB of space: small writes flush the objects", self._directory)
+        return self._scarce
+
     def serve(self, flush: Callable[[Iterable[ShardKey]], None]) -> None:
         """``flush`` makes durable what was applied to some shards."""
         self._flush = flush
@@ -111,10 +122,10 @@ class StripLog:
         """The journal if there is one already."""
         return self._made
 
-    def get(self) -> Journal | None:
-        """The journal; ``None`` when there cannot be one."""
+    def get(self, *, for_copies: bool = False) -> Journal | None:
+        """The journal; ``None`` when there cannot be one, or only copies want it and space is scarce."""
         with self._lock:
-            if self._made is None and not self._given_up:
+            if self._made is None and not self._given_up and not (for_copies and self._cramped()):
                 try:
                     self._made = self._make()
                 except ConfigError as error:
@@ -211,7 +222,7 @@ class StripStore(JournaledStore):
             self._void(key)
             self.inner.write(key, data, offset_bytes=offset_bytes, durable=durable)
             return
-        journal = self._log.get() if self._log.of_copies else None
+        journal = self._log.get(for_copies=True) if self._log.of_copies else None
         logged = journal is not None and journal.mentions(key)
         if journal is not None and len(data) <= (REDO_BYTES_MAX if logged else COPY_BYTES_MAX):
             # Past the log, what follows logged changes costs a flush of the copy and a note that the log forgets it.
@@ -278,7 +289,7 @@ class StripStore(JournaledStore):
             return
         changes = {key: self._past_log.get(key) for key in keys}
         past = [key for key, change in changes.items() if change is not None or key.index != REPLICA]
-        journal = log.get()
+        journal = log.get(for_copies=True)
         if journal is None or not journal.commit():
             past = list(changes)
         if past:

@@ -10,7 +10,8 @@ nobody else is given the number, and a restarted sheep finds its port free.
 Cluster driver, store and redundancy are taken from SHEEPDOG_TEST_CLUSTER (local, raft, zk, etcd), SHEEPDOG_TEST_STORE
 (plain, tree) and SHEEPDOG_TEST_REDUNDANCY (copies, ec) unless the caller names them; the test matrix sets these. With
 SHEEPDOG_TEST_JOURNAL (a size, such as 64M) each sheep has a write journal, unless its options say something about one;
-with SHEEPDOG_TEST_DISKS (a number) each has so many directories for its objects, unless the caller names them.
+with SHEEPDOG_TEST_DISKS (a number) each has so many directories for its objects, unless the caller names them; with
+SHEEPDOG_TEST_SYNC=1 all writes are synchronous.
 """
 
 from __future__ import annotations
@@ -293,7 +294,7 @@ class SheepCluster:
             self.options += ("-j", f"size={journal}")
         self.network = network
         self.start_s = start_s
-        self.sync = sync
+        self.sync = sync or os.environ.get("SHEEPDOG_TEST_SYNC") == "1"
         self._owns_base = base is None
         self.base = Path(tempfile.mkdtemp(prefix="sheep-")) if base is None else base
         self.base.mkdir(parents=True, exist_ok=True)
