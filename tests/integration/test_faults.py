@@ -16,7 +16,7 @@ from pathlib import Path
 import invariants
 import loop_disk
 import pytest
-from disk_faults import DISK_BYTES, DISKS, DiskScene, disk_full
+from disk_faults import DISK_BYTES, DISKS, DiskScene
 from faults import PROCESSES, QUORUM, WIRES, Fault, Scene, spec_of
 from load import Load
 from scenes import MiB, pattern, read_all, write
@@ -171,7 +171,5 @@ def on_small_disk(
 @pytest.mark.parametrize("fault", DISKS, ids=lambda fault: fault.name)
 def test_disks(on_small_disk: tuple[SheepCluster, loop_disk.LoopDisk, loop_disk.LoopDisk], fault: Fault) -> None:
     """Disks are full, fail or turn read-only (MD-3, MD-4, MD-7, MD-13, MD-15)."""
-    if STRIPS and fault.tell is disk_full:
-        pytest.skip("single strips of refused creations may stay, and what was set aside is kept as long as they do")
     cluster, disk, second = on_small_disk
     tell(cluster, fault, guests=2, scene=partial(DiskScene, disk=disk, second=second))
