@@ -241,7 +241,11 @@ def test_joiner_and_restart(cluster: SheepCluster) -> None:
         assert listed(cluster, node) == ""
     assert lock(cluster, 2, "one") == 0
     with cluster.connect(0) as connection:
-        assert sum(state.owner is not None for state in admin.vdi_states(connection.request)) == 1
+
+        def owned() -> int:
+            return sum(state.owner is not None for state in admin.vdi_states(connection.request))
+
+        wait_until(lambda: owned() == 1, "the other node to hear of the lock")
 
 
 def test_without_locking(cluster: SheepCluster) -> None:

@@ -342,15 +342,20 @@ class Journal:
             self._lock.notify_all()
             return True
 
+    def _may_empty(self) -> bool:
+        """All changes in the full file are made, or it need not be emptied any more. Called with the lock."""
+        file = self._full
+        return file is None or self.failed or all(number > file.last_number for number in self._applying)
+
     def _clean(self) -> None:
         """The thread: empties the full file, then ends."""
         while True:
             with self._lock:
+                while not self._may_empty():
+                    self._lock.wait()
                 file = self._full
                 if file is None or self.failed:
                     return
-                while any(number <= file.last_number for number in self._applying):
-                    self._lock.wait()
                 keys = sorted(file.keys)
             try:
                 self._flush_store(keys)
@@ -465,12 +470,15 @@ class Journal:
                 return
             with self._lock:
                 self.failed = True
+                self._lock.notify_all()
             if remove:
                 logger.info("cleaning journal file")
                 self._remove_files()
             else:
                 for file in self._files:
                     file.close()
+        if self._cleaner is not None:
+            self._cleaner.join()  # or it would empty a file that somebody else reads by now
 
     def _remove_files(self) -> None:
         self.gone = True
